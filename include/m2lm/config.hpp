@@ -1,0 +1,37 @@
+// Compiler checks and the project's few macros.
+// Floor: config. May include: version.hpp.
+#pragma once
+
+#include <m2lm/version.hpp>
+
+#if !defined(__cplusplus) || __cplusplus < 202002L
+#error "m2lm needs C++20: compile with -std=c++20 or newer"
+#endif
+
+// Non-template definitions live in headers named *_impl.hpp, reached only from m2lm/impl.hpp. They are `inline` in the
+// header-only form. A program that links m2lm::compiled sees M2LM_SEPARATE_IMPL: then m2lm.hpp leaves impl.hpp out, and the
+// one translation unit that includes impl.hpp holds ordinary definitions.
+#if defined(M2LM_SEPARATE_IMPL)
+#define M2LM_IMPL
+#else
+#define M2LM_IMPL inline
+#endif
+
+#if defined(__CUDACC__)
+#define M2LM_HOST_DEVICE __host__ __device__
+#else
+#define M2LM_HOST_DEVICE
+#endif
+
+#if defined(__x86_64__) || defined(_M_X64)
+#define M2LM_X86_64 1
+#else
+#define M2LM_X86_64 0
+#endif
+
+// A planted fault (see testing/faults.hpp): always false in a normal build.
+#if defined(M2LM_PLANT_FAULT)
+#define M2LM_FAULT(n) (M2LM_PLANT_FAULT == (n))
+#else
+#define M2LM_FAULT(n) false
+#endif

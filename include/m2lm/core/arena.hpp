@@ -1,0 +1,87 @@
+// Arena: scratch memory that is taken by moving a mark and given back all at once.
+// Floor: core. May include: config, core.
+#pragma once
+
+#include <m2lm/core/tensor.hpp>
+#include <m2lm/core/view.hpp>
+
+#include <cstddef>
+#include <cstdint>
+#include <vector>
+
+namespace m2lm {
+
+/// Bump allocator. Memory is uninitialised and 64-byte aligned. Once it has seen the largest piece of work it allocates
+/// nothing more: after a growth the blocks are merged into one when the outermost Scope ends.
+class Arena {
+  struct Block {
+    detail::AlignedBytes bytes;
+    std::size_t size = 0;
+  };
+  std::vector<Block> blocks_;
+  std::size_t block_ = 0, used_ = 0, peak_ = 0, taken_ = 0;
+
+ public:
+  Arena() = default;
+  Arena(Arena&&) = default;
+  Arena& operator=(Arena&&) = default;
+
+  /// Everything taken during the life of a Scope is given back at its end.
+  class Scope {
+    Arena& arena_;
+    std::size_t block_, used_, taken_;
+
+   public:
+    explicit Scope(Arena& arena) : arena_(arena), block_(arena.block_), used_(arena.used_), taken_(arena.taken_) {}
+    ~Scope() {
+      arena_.block_ = block_;
+      arena_.used_ = used_;
+      arena_.taken_ = taken_;
+      if (taken_ == 0) arena_.merge();
+    }
+    Scope(const Scope&) = delete;
+    Scope& operator=(const Scope&) = delete;
+  };
+
+  /// `count` uninitialised elements.
+  template <class T>
+  T* take(std::int64_t count) {
+    static_assert(std::is_trivially_copyable_v<T>, "m2lm::Arena::take: elements are plain values");
+    return reinterpret_cast<T*>(take_bytes(static_cast<std::size_t>(count) * sizeof(T)));
+  }
+  template <class T>
+  Matrix<T> matrix(std::int64_t rows, std::int64_t cols) {
+    return Matrix<T>(take<T>(rows * cols), {rows, cols});
+  }
+
+  /// Most bytes ever in use at once.
+  std::size_t peak_bytes() const { return peak_; }
+
+ private:
+  std::byte* take_bytes(std::size_t n) {
+    n = (n + detail::tensor_alignment - 1) / detail::tensor_alignment * detail::tensor_alignment;
+    while (block_ < blocks_.size() && used_ + n > blocks_[block_].size) {
+      ++block_;
+      used_ = 0;
+    }
+    if (block_ == blocks_.size()) {
+      const std::size_t size = n > minimum_block ? n : minimum_block;
+      blocks_.push_back({detail::aligned_bytes(size), size});
+    }
+    std::byte* p = blocks_[block_].bytes.get() + used_;
+    used_ += n;
+    taken_ += n;
+    if (taken_ > peak_) peak_ = taken_;
+    return p;
+  }
+  void merge() {
+    if (blocks_.size() < 2) return;
+    std::size_t total = 0;
+    for (const auto& b : blocks_) total += b.size;
+    blocks_.clear();
+    blocks_.push_back({detail::aligned_bytes(total), total});
+  }
+  static constexpr std::size_t minimum_block = std::size_t{1} << 16;
+};
+
+}  // namespace m2lm

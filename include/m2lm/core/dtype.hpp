@@ -1,0 +1,128 @@
+// Element types: the run-time enumeration, the 16-bit storage structs and their conversions.
+// Floor: core. May include: config, core.
+#pragma once
+
+#include <m2lm/core/error.hpp>
+
+#include <bit>
+#include <cstddef>
+#include <cstdint>
+#include <string_view>
+
+namespace m2lm {
+
+/// What a stored element is. `inherit` is a policy's "as the one above me"; `native` is the scalar of a Reference<T> backend.
+enum class DType : std::uint8_t { inherit, native, f64, f32, f16, bf16, i64, i32, i16, i8, u8, boolean };
+
+/// Name as users write it on command lines and as messages print it.
+constexpr std::string_view dtype_name(DType dtype) {
+  switch (dtype) {
+    case DType::inherit: return "inherit";
+    case DType::native: return "native";
+    case DType::f64: return "f64";
+    case DType::f32: return "f32";
+    case DType::f16: return "f16";
+    case DType::bf16: return "bf16";
+    case DType::i64: return "i64";
+    case DType::i32: return "i32";
+    case DType::i16: return "i16";
+    case DType::i8: return "i8";
+    case DType::u8: return "u8";
+    case DType::boolean: return "bool";
+  }
+  return "?";
+}
+
+/// Bytes per stored element. requires a dtype that can be stored (not inherit, not native).
+constexpr std::size_t dtype_size(DType dtype) {
+  switch (dtype) {
+    case DType::f64:
+    case DType::i64: return 8;
+    case DType::f32:
+    case DType::i32: return 4;
+    case DType::f16:
+    case DType::bf16:
+    case DType::i16: return 2;
+    case DType::i8:
+    case DType::u8:
+    case DType::boolean: return 1;
+    case DType::inherit:
+    case DType::native: break;
+  }
+  return 0;
+}
+
+/// bfloat16 storage: the upper half of an f32.
+struct Bf16 {
+  std::uint16_t bits = 0;
+  friend constexpr bool operator==(Bf16, Bf16) = default;
+};
+
+/// IEEE binary16 storage.
+struct Half {
+  std::uint16_t bits = 0;
+  friend constexpr bool operator==(Half, Half) = default;
+};
+
+constexpr float to_float(Bf16 x) { return std::bit_cast<float>(static_cast<std::uint32_t>(x.bits) << 16); }
+
+/// Rounds to nearest, ties to even; a NaN stays a NaN.
+constexpr Bf16 to_bf16(float x) {
+  const auto u = std::bit_cast<std::uint32_t>(x);
+  if ((u & 0x7fffffffU) > 0x7f800000U) return {static_cast<std::uint16_t>((u >> 16) | 0x0040U)};
+  return {static_cast<std::uint16_t>((u + 0x7fffU + ((u >> 16) & 1U)) >> 16)};
+}
+
+constexpr float to_float(Half x) {
+  const std::uint32_t sign = static_cast<std::uint32_t>(x.bits & 0x8000U) << 16;
+  const std::uint32_t exponent = (x.bits >> 10) & 0x1fU;
+  std::uint32_t mantissa = x.bits & 0x3ffU;
+  if (exponent == 0x1f) return std::bit_cast<float>(sign | 0x7f800000U | (mantissa << 13));
+  if (exponent != 0) return std::bit_cast<float>(sign | ((exponent + 112) << 23) | (mantissa << 13));
+  const float magnitude = static_cast<float>(mantissa) * 5.9604644775390625e-8F;  // 2^-24: subnormal or zero
+  return std::bit_cast<float>(sign | std::bit_cast<std::uint32_t>(magnitude));
+}
+
+/// Rounds to nearest, ties to even; overflow gives infinity, a NaN stays a NaN.
+constexpr Half to_half(float x) {
+  const auto u = std::bit_cast<std::uint32_t>(x);
+  const std::uint32_t sign = (u >> 16) & 0x8000U;
+  const std::uint32_t magnitude = u & 0x7fffffffU;
+  if (magnitude > 0x7f800000U) return {static_cast<std::uint16_t>(sign | 0x7e00U)};
+  if (magnitude >= 0x477ff000U) return {static_cast<std::uint16_t>(sign | 0x7c00U)};
+  if (magnitude >= 0x38800000U) {  // normal in half
+    const std::uint32_t rounded = magnitude + 0xfffU + ((magnitude >> 13) & 1U);
+    return {static_cast<std::uint16_t>(sign | ((rounded - 0x38000000U) >> 13))};
+  }
+  // Subnormal: adding 2^-1 * ulp lets the f32 adder round to a multiple of 2^-24.
+  const float shifted = std::bit_cast<float>(magnitude) + 0.5F;
+  return {static_cast<std::uint16_t>(sign | (std::bit_cast<std::uint32_t>(shifted) - 0x3f000000U))};
+}
+
+constexpr float to_float(float x) { return x; }
+constexpr float to_float(double x) { return static_cast<float>(x); }
+
+template <class T>
+inline constexpr DType dtype_of = DType::native;
+template <>
+inline constexpr DType dtype_of<double> = DType::f64;
+template <>
+inline constexpr DType dtype_of<float> = DType::f32;
+template <>
+inline constexpr DType dtype_of<Half> = DType::f16;
+template <>
+inline constexpr DType dtype_of<Bf16> = DType::bf16;
+template <>
+inline constexpr DType dtype_of<std::int64_t> = DType::i64;
+template <>
+inline constexpr DType dtype_of<std::int32_t> = DType::i32;
+template <>
+inline constexpr DType dtype_of<std::int16_t> = DType::i16;
+template <>
+inline constexpr DType dtype_of<std::int8_t> = DType::i8;
+template <>
+inline constexpr DType dtype_of<std::uint8_t> = DType::u8;
+template <>
+inline constexpr DType dtype_of<bool> = DType::boolean;
+
+}  // namespace m2lm

@@ -1,0 +1,88 @@
+// The exceptions of the library and the string builder of their messages.
+// Floor: core. May include: config.
+#pragma once
+
+#include <m2lm/config.hpp>
+
+#include <cstdint>
+#include <span>
+#include <stdexcept>
+#include <string>
+#include <string_view>
+#include <type_traits>
+
+namespace m2lm {
+
+/// Base of everything the library throws on purpose. The message names the file, tensor or option and says what to do.
+class Error : public std::runtime_error {
+ public:
+  using std::runtime_error::runtime_error;
+};
+
+/// Two shapes, dtypes or sizes that must agree do not.
+class ShapeError : public Error {
+ public:
+  using Error::Error;
+};
+
+/// A file of a checkpoint is missing, damaged or contradicts another.
+class CheckpointError : public Error {
+ public:
+  using Error::Error;
+};
+
+/// A prompt, image or other input given by the user cannot be used.
+class InputError : public Error {
+ public:
+  using Error::Error;
+};
+
+/// An option has a value outside its range or names something unknown.
+class OptionError : public Error {
+ public:
+  using Error::Error;
+};
+
+/// The work would need more memory, or a longer context, than there is.
+class CapacityError : public Error {
+ public:
+  using Error::Error;
+};
+
+namespace detail {
+
+inline void append_piece(std::string& out, std::string_view s) { out += s; }
+inline void append_piece(std::string& out, const char* s) { out += s; }
+inline void append_piece(std::string& out, char c) { out += c; }
+inline void append_piece(std::string& out, bool b) { out += b ? "true" : "false"; }
+template <class T>
+  requires(std::is_arithmetic_v<T>)
+void append_piece(std::string& out, T value) {
+  out += std::to_string(value);
+}
+
+}  // namespace detail
+
+/// Joins strings and numbers: concat("rows ", 3, " of ", 4).
+template <class... Piece>
+std::string concat(const Piece&... piece) {
+  std::string out;
+  (detail::append_piece(out, piece), ...);
+  return out;
+}
+
+/// "[2, 3, 4]".
+inline std::string shape_string(std::span<const std::int64_t> shape) {
+  std::string out = "[";
+  for (std::size_t i = 0; i < shape.size(); ++i) out += (i ? ", " : "") + std::to_string(shape[i]);
+  return out + "]";
+}
+
+/// Throws E with the joined pieces unless `condition` holds.
+template <class E = ShapeError, class... Piece>
+void require(bool condition, const Piece&... piece) {
+  if (!condition) [[unlikely]]
+    throw E(concat(piece...));
+}
+
+}  // namespace m2lm

@@ -1,0 +1,37 @@
+// FunctionRef: a callback parameter that owns nothing and allocates nothing.
+// Floor: core. May include: config.
+#pragma once
+
+#include <m2lm/config.hpp>
+
+#include <memory>
+#include <type_traits>
+#include <utility>
+
+namespace m2lm {
+
+template <class Signature>
+class FunctionRef;
+
+/// Non-owning reference to a callable. It lives as long as the full expression or scope of the callable it was made from.
+template <class R, class... A>
+class FunctionRef<R(A...)> {
+  void* object_ = nullptr;
+  R (*call_)(void*, A...) = nullptr;
+
+ public:
+  constexpr FunctionRef() = default;
+
+  template <class F>
+    requires(!std::is_same_v<std::remove_cvref_t<F>, FunctionRef> && std::is_invocable_r_v<R, F&, A...>)
+  constexpr FunctionRef(F&& f)  // NOLINT: implicit on purpose, so that a lambda can be passed
+      : object_(const_cast<void*>(static_cast<const void*>(std::addressof(f)))),
+        call_([](void* object, A... arguments) -> R {
+          return (*static_cast<std::remove_reference_t<F>*>(object))(std::forward<A>(arguments)...);
+        }) {}
+
+  explicit constexpr operator bool() const { return call_ != nullptr; }
+  constexpr R operator()(A... arguments) const { return call_(object_, std::forward<A>(arguments)...); }
+};
+
+}  // namespace m2lm

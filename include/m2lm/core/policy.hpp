@@ -1,0 +1,42 @@
+// Compile-time policies: Precision, FixedString, and helpers of static assertions.
+// Floor: core. May include: config, core.
+#pragma once
+
+#include <m2lm/core/dtype.hpp>
+
+#include <algorithm>
+#include <cstddef>
+#include <string_view>
+
+namespace m2lm {
+
+/// What to pack by default, separately for each kind of tensor. `inherit` follows `weights`.
+struct Precision {
+  DType weights = DType::bf16;
+  DType encoders = DType::inherit;
+  DType projectors = DType::inherit;
+  DType lm_head = DType::inherit;
+  DType kv_cache = DType::inherit;
+  friend constexpr bool operator==(const Precision&, const Precision&) = default;
+
+  /// `part` itself, or `weights` where it inherits.
+  constexpr DType resolve(DType part) const { return part == DType::inherit ? weights : part; }
+};
+
+/// A string literal as a template argument: Modality<"image", …>.
+template <std::size_t N>
+struct FixedString {
+  char text[N]{};
+  constexpr FixedString(const char (&s)[N]) { std::copy_n(s, N, text); }  // NOLINT: implicit on purpose
+  constexpr std::string_view view() const { return {text, N - 1}; }
+  template <std::size_t M>
+  constexpr bool operator==(const FixedString<M>& other) const {
+    return view() == other.view();
+  }
+};
+
+/// False, but only when instantiated: the body of a primary template that must not be used.
+template <class...>
+inline constexpr bool dependent_false = false;
+
+}  // namespace m2lm

@@ -1,0 +1,159 @@
+// Tensor: owning elements with run-time extents. AnyTensor: what a checkpoint holds, with a run-time dtype.
+// Floor: core. May include: config, core.
+#pragma once
+
+#include <m2lm/core/dtype.hpp>
+#include <m2lm/core/view.hpp>
+
+#include <cstddef>
+#include <cstring>
+#include <memory>
+#include <new>
+#include <span>
+#include <utility>
+
+namespace m2lm {
+
+namespace detail {
+
+inline constexpr std::size_t tensor_alignment = 64;
+
+struct AlignedDelete {
+  void operator()(std::byte* p) const { ::operator delete(p, std::align_val_t{tensor_alignment}); }
+};
+using AlignedBytes = std::unique_ptr<std::byte[], AlignedDelete>;
+
+/// Uninitialised bytes on a 64-byte border.
+inline AlignedBytes aligned_bytes(std::size_t n) {
+  return AlignedBytes(static_cast<std::byte*>(::operator new(n ? n : 1, std::align_val_t{tensor_alignment})));
+}
+
+}  // namespace detail
+
+/// Owning, row-major, contiguous, zero-initialised. Movable; copies are explicit (`clone`).
+template <class T, class Memory = HostMemory>
+class Tensor {
+  static_assert(std::is_trivially_copyable_v<T>, "m2lm::Tensor: elements are plain values");
+  Shape shape_;
+  detail::AlignedBytes bytes_;
+
+ public:
+  Tensor() = default;
+  explicit Tensor(Shape shape) : shape_(shape), bytes_(detail::aligned_bytes(static_cast<std::size_t>(shape.elements()) * sizeof(T))) {
+    std::uninitialized_value_construct_n(data(), static_cast<std::size_t>(shape.elements()));
+  }
+
+  const Shape& shape() const { return shape_; }
+  std::int64_t elements() const { return bytes_ ? shape_.elements() : 0; }
+  bool empty() const { return elements() == 0; }
+  T* data() { return reinterpret_cast<T*>(bytes_.get()); }
+  const T* data() const { return reinterpret_cast<const T*>(bytes_.get()); }
+  std::span<T> span() { return {data(), static_cast<std::size_t>(elements())}; }
+  std::span<const T> span() const { return {data(), static_cast<std::size_t>(elements())}; }
+
+  /// The tensor as a view of its own rank. throws ShapeError if Rank differs.
+  template <int Rank>
+  View<T, Rank, Memory> view() {
+    return View<T, Rank, Memory>(data(), extents<Rank>());
+  }
+  template <int Rank>
+  View<const T, Rank, Memory> view() const {
+    return View<const T, Rank, Memory>(data(), extents<Rank>());
+  }
+
+  Tensor clone() const {
+    Tensor copy(shape_);
+    if (elements() != 0) std::memcpy(static_cast<void*>(copy.data()), data(), static_cast<std::size_t>(elements()) * sizeof(T));
+    return copy;
+  }
+
+ private:
+  template <int Rank>
+  std::array<std::int64_t, Rank> extents() const {
+    require(shape_.rank() == Rank, "m2lm::Tensor::view: a view of rank ", Rank, " of a tensor of shape ", shape_.string());
+    std::array<std::int64_t, Rank> e{};
+    for (int i = 0; i < Rank; ++i) e[static_cast<std::size_t>(i)] = shape_[i];
+    return e;
+  }
+};
+
+/// A read-only tensor with a run-time dtype. Shares ownership of its bytes (a mapped file, or a buffer).
+class AnyTensor {
+  DType dtype_ = DType::f32;
+  Shape shape_;
+  const std::byte* data_ = nullptr;
+  std::shared_ptr<const void> owner_;
+
+ public:
+  AnyTensor() = default;
+  AnyTensor(DType dtype, Shape shape, const std::byte* data, std::shared_ptr<const void> owner)
+      : dtype_(dtype), shape_(shape), data_(data), owner_(std::move(owner)) {}
+  /// Takes a tensor over.
+  template <class T>
+  explicit AnyTensor(Tensor<T>&& tensor) : dtype_(dtype_of<T>), shape_(tensor.shape()) {
+    auto owner = std::make_shared<Tensor<T>>(std::move(tensor));
+    data_ = reinterpret_cast<const std::byte*>(owner->data());
+    owner_ = std::move(owner);
+  }
+
+  DType dtype() const { return dtype_; }
+  const Shape& shape() const { return shape_; }
+  const std::byte* data() const { return data_; }
+  bool has_value() const { return data_ != nullptr; }
+  std::size_t bytes() const { return static_cast<std::size_t>(shape_.elements()) * dtype_size(dtype_); }
+  const std::shared_ptr<const void>& owner() const { return owner_; }
+
+  /// Element i in row-major order, converted. requires a floating dtype.
+  double at(std::int64_t i) const {
+    const auto load = [&]<class T>(T value) {
+      std::memcpy(&value, data_ + static_cast<std::size_t>(i) * sizeof(T), sizeof(T));
+      return value;
+    };
+    switch (dtype_) {
+      case DType::f64: return load(double{});
+      case DType::f32: return static_cast<double>(load(float{}));
+      case DType::f16: return static_cast<double>(to_float(load(Half{})));
+      case DType::bf16: return static_cast<double>(to_float(load(Bf16{})));
+      case DType::i64: return static_cast<double>(load(std::int64_t{}));
+      case DType::i32: return static_cast<double>(load(std::int32_t{}));
+      case DType::i16: return static_cast<double>(load(std::int16_t{}));
+      case DType::i8: return static_cast<double>(load(std::int8_t{}));
+      case DType::u8:
+      case DType::boolean: return static_cast<double>(load(std::uint8_t{}));
+      case DType::inherit:
+      case DType::native: break;
+    }
+    throw ShapeError(concat("m2lm::AnyTensor::at: elements of dtype ", dtype_name(dtype_), " cannot be read"));
+  }
+
+  /// Copies elements [begin, begin + count) in row-major order to `out`, converted to T (float, double, or a type made from double).
+  template <class T>
+  void copy_to(T* out, std::int64_t begin, std::int64_t count) const {
+    if constexpr (std::is_same_v<T, float>) {
+      const std::byte* source = data_ + static_cast<std::size_t>(begin) * dtype_size(dtype_);
+      const auto n = static_cast<std::size_t>(count);
+      if (dtype_ == DType::f32) {
+        std::memcpy(out, source, n * sizeof(float));
+        return;
+      }
+      if (dtype_ == DType::bf16 || dtype_ == DType::f16) {
+        for (std::size_t i = 0; i < n; ++i) {
+          std::uint16_t bits = 0;
+          std::memcpy(&bits, source + i * 2, 2);
+          out[i] = dtype_ == DType::bf16 ? to_float(Bf16{bits}) : to_float(Half{bits});
+        }
+        return;
+      }
+    }
+    for (std::int64_t i = 0; i < count; ++i) out[i] = static_cast<T>(at(begin + i));
+  }
+
+  template <class T>
+  Tensor<T> to() const {
+    Tensor<T> out(shape_);
+    copy_to(out.data(), 0, shape_.elements());
+    return out;
+  }
+};
+
+}  // namespace m2lm

@@ -1,0 +1,58 @@
+// ThreadPool: persistent threads that run one function on every part of a piece of work.
+// Floor: core. May include: config, core.
+#pragma once
+
+#include <m2lm/core/error.hpp>
+#include <m2lm/core/function_ref.hpp>
+
+#include <atomic>
+#include <cstdint>
+#include <memory>
+#include <mutex>
+#include <thread>
+#include <vector>
+
+namespace m2lm {
+
+/// A fixed number of threads; the caller is the first. Between calls the others spin for a moment, then park.
+/// `run` may be called from several threads: a caller that finds the pool busy runs all parts itself, in order. No result may
+/// depend on which thread runs a part, so both ways give the same bits.
+class ThreadPool {
+  int size_ = 1;
+  std::mutex busy_;
+  std::vector<std::thread> workers_;
+  const FunctionRef<void(int)>* work_ = nullptr;
+  std::atomic<std::uint32_t> epoch_{0};
+  std::atomic<int> pending_{0};
+  std::atomic<bool> stop_{false};
+  int spins_ = 0;
+
+ public:
+  /// requires threads >= 0; 0 means one per available core (cgroup and affinity mask respected).
+  explicit ThreadPool(int threads);
+  ~ThreadPool();
+  ThreadPool(const ThreadPool&) = delete;
+  ThreadPool& operator=(const ThreadPool&) = delete;
+
+  int size() const { return size_; }
+  /// Calls work(part) for part = 0 … size() - 1 and returns when all are done. `work` must not throw and must not call `run`.
+  void run(FunctionRef<void(int)> work);
+
+  /// Cores this process may use.
+  static int available_cores();
+
+ private:
+  void worker(int part);
+};
+
+/// Part `part` of `parts` of the range [0, count), cut at multiples of `grain`.
+struct Range {
+  std::int64_t begin = 0, end = 0;
+};
+constexpr Range split(std::int64_t count, int parts, int part, std::int64_t grain = 1) {
+  const std::int64_t blocks = (count + grain - 1) / grain;
+  const std::int64_t b = blocks * part / parts * grain, e = blocks * (part + 1) / parts * grain;
+  return {b < count ? b : count, e < count ? e : count};
+}
+
+}  // namespace m2lm

@@ -1,0 +1,81 @@
+// Definitions of core/threads.hpp.
+// Floor: core. May include: config, core.
+#pragma once
+
+#include <m2lm/core/threads.hpp>
+
+#if defined(__linux__)
+#include <sched.h>
+#endif
+
+namespace m2lm {
+
+M2LM_IMPL int ThreadPool::available_cores() {
+#if defined(__linux__)
+  cpu_set_t set;
+  if (sched_getaffinity(0, sizeof(set), &set) == 0) return CPU_COUNT(&set);
+#endif
+  const unsigned n = std::thread::hardware_concurrency();
+  return n ? static_cast<int>(n) : 1;
+}
+
+M2LM_IMPL ThreadPool::ThreadPool(int threads) {
+  require<OptionError>(threads >= 0 && threads <= 1024, "m2lm: threads = ", threads, ": give 0 (one per core) or 1 to 1024");
+  const int cores = available_cores();
+  size_ = threads ? threads : cores;
+  // Spinning only pays while every thread has a core of its own.
+  spins_ = size_ <= cores ? 20000 : 0;
+  workers_.reserve(static_cast<std::size_t>(size_ - 1));
+  for (int part = 1; part < size_; ++part) workers_.emplace_back([this, part] { worker(part); });
+}
+
+M2LM_IMPL ThreadPool::~ThreadPool() {
+  stop_.store(true);
+  epoch_.fetch_add(1);
+  epoch_.notify_all();
+  for (auto& w : workers_) w.join();
+}
+
+namespace detail {
+
+/// Waits until `value` differs from `old`: spins, then parks.
+template <class T>
+void wait_for_change(const std::atomic<T>& value, T old, int spins) {
+  for (int i = 0; i < spins; ++i) {
+    if (value.load(std::memory_order_acquire) != old) return;
+#if M2LM_X86_64
+    __builtin_ia32_pause();
+#endif
+  }
+  while (value.load(std::memory_order_acquire) == old) value.wait(old, std::memory_order_acquire);
+}
+
+}  // namespace detail
+
+M2LM_IMPL void ThreadPool::worker(int part) {
+  std::uint32_t seen = 0;
+  for (;;) {
+    detail::wait_for_change(epoch_, seen, spins_);
+    seen = epoch_.load(std::memory_order_acquire);
+    if (stop_.load()) return;
+    (*work_)(part);
+    if (pending_.fetch_sub(1, std::memory_order_acq_rel) == 1) pending_.notify_one();
+  }
+}
+
+M2LM_IMPL void ThreadPool::run(FunctionRef<void(int)> work) {
+  std::unique_lock lock(busy_, std::try_to_lock);
+  if (size_ == 1 || !lock.owns_lock()) {
+    for (int part = 0; part < size_; ++part) work(part);
+    return;
+  }
+  work_ = &work;
+  pending_.store(size_ - 1, std::memory_order_relaxed);
+  epoch_.fetch_add(1, std::memory_order_release);
+  epoch_.notify_all();
+  work(0);
+  for (int left = pending_.load(std::memory_order_acquire); left != 0; left = pending_.load(std::memory_order_acquire))
+    detail::wait_for_change(pending_, left, spins_);
+}
+
+}  // namespace m2lm

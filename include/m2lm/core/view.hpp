@@ -1,0 +1,124 @@
+// Shape, memory spaces and View: a strided, non-owning window on elements.
+// Floor: core. May include: config, core.
+#pragma once
+
+#include <m2lm/core/error.hpp>
+
+#include <array>
+#include <cstddef>
+#include <cstdint>
+#include <initializer_list>
+#include <span>
+#include <string>
+#include <type_traits>
+
+namespace m2lm {
+
+struct HostMemory {};
+
+inline constexpr int max_rank = 6;
+
+/// Run-time extents, row-major, rank 0 to 6. A rank of 0 is a scalar (one element).
+class Shape {
+  std::array<std::int64_t, max_rank> extent_{};
+  int rank_ = 0;
+
+ public:
+  constexpr Shape() = default;
+  constexpr Shape(std::initializer_list<std::int64_t> extents) : Shape(std::span(extents.begin(), extents.size())) {}
+  constexpr explicit Shape(std::span<const std::int64_t> extents) : rank_(static_cast<int>(extents.size())) {
+    if (extents.size() > static_cast<std::size_t>(max_rank)) throw ShapeError("m2lm: a tensor has at most 6 dimensions");
+    for (std::size_t i = 0; i < extents.size(); ++i) extent_[i] = extents[i];
+  }
+
+  constexpr int rank() const { return rank_; }
+  constexpr std::int64_t operator[](int i) const { return extent_[static_cast<std::size_t>(i)]; }
+  constexpr std::span<const std::int64_t> extents() const { return {extent_.data(), static_cast<std::size_t>(rank_)}; }
+  constexpr std::int64_t elements() const {
+    std::int64_t n = 1;
+    for (int i = 0; i < rank_; ++i) n *= (*this)[i];
+    return n;
+  }
+  std::string string() const { return shape_string(extents()); }
+  friend constexpr bool operator==(const Shape&, const Shape&) = default;
+};
+
+/// Non-owning window: data, extents, strides (in elements; the last one is 1 unless stated otherwise).
+template <class T, int Rank, class Memory = HostMemory>
+class View {
+  static_assert(Rank >= 1 && Rank <= max_rank, "m2lm::View: the rank is between 1 and 6");
+  T* data_ = nullptr;
+  std::array<std::int64_t, Rank> extent_{};
+  std::array<std::int64_t, Rank> stride_{};
+
+ public:
+  using Element = T;
+  constexpr View() = default;
+  /// Contiguous, row-major.
+  constexpr View(T* data, std::array<std::int64_t, Rank> extents) : data_(data), extent_(extents) {
+    std::int64_t stride = 1;
+    for (int i = Rank - 1; i >= 0; --i) {
+      stride_[static_cast<std::size_t>(i)] = stride;
+      stride *= extents[static_cast<std::size_t>(i)];
+    }
+  }
+  constexpr View(T* data, std::array<std::int64_t, Rank> extents, std::array<std::int64_t, Rank> strides)
+      : data_(data), extent_(extents), stride_(strides) {}
+  /// A view of non-const elements is a view of const ones.
+  template <class U>
+    requires(std::is_same_v<const U, T> && !std::is_same_v<U, T>)
+  constexpr View(const View<U, Rank, Memory>& other)  // NOLINT: implicit like T* to const T*
+      : data_(other.data()), extent_(other.extents()), stride_(other.strides()) {}
+
+  constexpr T* data() const { return data_; }
+  constexpr std::int64_t extent(int i) const { return extent_[static_cast<std::size_t>(i)]; }
+  constexpr std::int64_t stride(int i) const { return stride_[static_cast<std::size_t>(i)]; }
+  constexpr const std::array<std::int64_t, Rank>& extents() const { return extent_; }
+  constexpr const std::array<std::int64_t, Rank>& strides() const { return stride_; }
+  constexpr Shape shape() const { return Shape(std::span<const std::int64_t>(extent_)); }
+  constexpr std::int64_t elements() const {
+    std::int64_t n = 1;
+    for (std::int64_t e : extent_) n *= e;
+    return n;
+  }
+  constexpr bool contiguous() const {
+    std::int64_t stride = 1;
+    for (int i = Rank - 1; i >= 0; --i) {
+      if (extent(i) > 1 && this->stride(i) != stride) return false;
+      stride *= extent(i);
+    }
+    return true;
+  }
+
+  template <class... Index>
+    requires(sizeof...(Index) == Rank)
+  constexpr T& operator()(Index... index) const {
+    std::int64_t offset = 0;
+    std::size_t i = 0;
+    ((offset += static_cast<std::int64_t>(index) * stride_[i++]), ...);
+    return data_[offset];
+  }
+
+  /// Rows [begin, end) of the first dimension.
+  constexpr View rows(std::int64_t begin, std::int64_t end) const {
+    require(0 <= begin && begin <= end && end <= extent(0), "m2lm::View::rows(", begin, ", ", end, ") of ", extent(0), " rows");
+    auto extents = extent_;
+    extents[0] = end - begin;
+    return View(data_ + begin * stride_[0], extents, stride_);
+  }
+  /// Columns [begin, end) of the last dimension.
+  constexpr View columns(std::int64_t begin, std::int64_t end) const {
+    require(0 <= begin && begin <= end && end <= extent(Rank - 1), "m2lm::View::columns(", begin, ", ", end, ") of ", extent(Rank - 1));
+    auto extents = extent_;
+    extents[Rank - 1] = end - begin;
+    return View(data_ + begin * stride_[Rank - 1], extents, stride_);
+  }
+  constexpr T* row(std::int64_t i) const { return data_ + i * stride_[0]; }
+};
+
+template <class T>
+using Matrix = View<T, 2>;
+template <class T>
+using Vector = View<T, 1>;
+
+}  // namespace m2lm
