@@ -1,0 +1,40 @@
+// Checkpoint: the tensors of a Hugging Face directory, single or in shards, by name.
+// Floor: io. May include: core, interop.
+#pragma once
+
+#include <m2lm/core/tensor.hpp>
+
+#include <cstddef>
+#include <memory>
+#include <string>
+#include <string_view>
+#include <vector>
+
+namespace m2lm {
+
+/// All tensors of a directory: `model.safetensors`, or the shards that `model.safetensors.index.json` names. Memory-mapped;
+/// copies share the mapping.
+class Checkpoint {
+  struct State;
+  std::shared_ptr<const State> state_;
+
+ public:
+  Checkpoint() = default;
+  /// throws CheckpointError: no such directory, no checkpoint in it, a format that is not supported yet, a missing shard, shards
+  /// that lack promised tensors, an index that leads out of the directory, or a damaged file. All that is missing is named at once.
+  static Checkpoint open(std::string_view directory);
+
+  const std::string& directory() const;
+  /// In the order of the files and, in each, of their data.
+  std::vector<std::string> names() const;
+  /// nullptr when there is no such tensor. throws CheckpointError when it is there with a dtype the library does not know.
+  const AnyTensor* find(std::string_view name) const;
+  /// Path of the file that holds the tensor. throws CheckpointError when there is no such tensor.
+  std::string_view file_of(std::string_view name) const;
+  /// Sum of the sizes of all files.
+  std::size_t total_bytes() const;
+  /// Gives the pages of all files back to the system; they are read again when touched.
+  void release_pages() const;
+};
+
+}  // namespace m2lm

@@ -1,0 +1,54 @@
+// Image: 8-bit RGB pictures, decoding, and the geometry that vision encoders ask for.
+// Floor: io. May include: core, interop.
+#pragma once
+
+#include <m2lm/core/error.hpp>
+
+#include <array>
+#include <cstddef>
+#include <cstdint>
+#include <span>
+#include <string_view>
+#include <vector>
+
+namespace m2lm {
+
+/// RGB, 8 bits, row-major: pixel (x, y) starts at 3 · (y · width + x).
+struct Image {
+  std::int64_t width = 0, height = 0;
+  std::vector<std::uint8_t> pixels;
+
+  bool empty() const { return pixels.empty(); }
+};
+
+/// What a decoder may be asked to allocate; larger pictures are refused from their header, before any pixel is read.
+struct ImageLimits {
+  std::int64_t max_width = std::int64_t{1} << 16;
+  std::int64_t max_height = std::int64_t{1} << 16;
+  std::int64_t max_pixels = std::int64_t{1} << 28;
+  std::size_t max_file_bytes = std::size_t{1} << 30;
+};
+
+/// Any picture stb_image reads (JPEG, PNG, BMP, GIF, TGA, PSD, PNM), as RGB: grey and palettes are spread, alpha is dropped, of 16
+/// bits the upper 8 are kept. throws InputError naming the file: missing, empty, damaged, of an unknown format, or over the limits.
+Image load_image(std::string_view path, const ImageLimits& limits = {});
+/// The same from memory; `name` stands for the file in messages.
+Image decode_image(std::span<const std::byte> bytes, std::string_view name = "image", const ImageLimits& limits = {});
+
+/// Writes a PNG, atomically. throws InputError for an image whose pixels do not fit its size; otherwise as FileWriter.
+void save_png(std::string_view path, const Image& image);
+
+/// The filters of Pillow's Image.resize. `nearest` takes the pixel under the centre; the others are antialiased.
+enum class Resample : std::uint8_t { nearest, box, bilinear, bicubic, lanczos };
+
+/// Bit-equal to Pillow's Image.resize((width, height), filter) on RGB images: a horizontal, then a vertical pass with 8-bit values
+/// between them and 22-bit fixed-point coefficients. requires width, height > 0 and a non-empty image. throws InputError.
+Image resize(const Image& image, std::int64_t width, std::int64_t height, Resample filter = Resample::bicubic);
+
+/// The middle of the image; where it is smaller than asked, it lies in the middle of black, as in transformers' center_crop.
+Image center_crop(const Image& image, std::int64_t width, std::int64_t height);
+
+/// The image in the middle of a square of its longer side (LLaVA's expand2square).
+Image pad_to_square(const Image& image, std::array<std::uint8_t, 3> fill);
+
+}  // namespace m2lm

@@ -1,0 +1,36 @@
+// The preprocessing of CLIP-like encoders: a picture becomes a normalised [3, height, width] tensor.
+// Floor: io. May include: core, interop.
+#pragma once
+
+#include <m2lm/core/tensor.hpp>
+#include <m2lm/io/image.hpp>
+
+#include <array>
+#include <string_view>
+
+namespace m2lm {
+
+/// The steps, in this order: pad to a square, resize, crop the middle, rescale, normalise.
+struct ImageProcessorConfig {
+  bool pad_to_square = false, do_resize = true, do_center_crop = true, do_rescale = true, do_normalize = true;
+  int shortest_edge = 224;                   ///< Resized so that the shorter side has this many pixels …
+  int resize_height = 0, resize_width = 0;  ///< … unless these are given: then to exactly this size.
+  int crop_height = 224, crop_width = 224;
+  double rescale_factor = 1.0 / 255.0;
+  std::array<double, 3> mean{0.48145466, 0.4578275, 0.40821073};
+  std::array<double, 3> std{0.26862954, 0.26130258, 0.27577711};
+  Resample resample = Resample::bicubic;
+};
+
+/// CLIP's values for square pictures of `image_size` pixels.
+ImageProcessorConfig clip_image_processor(int image_size);
+
+/// Reads preprocessor_config.json; without that file, CLIP's values for `image_size`. `image_aspect_ratio: "pad"` (LLaVA) and
+/// `do_pad` ask for the square. throws CheckpointError naming file and key.
+ImageProcessorConfig read_image_processor_config(std::string_view directory, int image_size = 224);
+
+/// [3, H, W], RGB. Equal to transformers' CLIPImageProcessor on the same pixels, up to float rounding. throws InputError for an
+/// empty image, and when the steps would give more than 2^28 pixels (a picture extremely long and thin).
+Tensor<float> preprocess(const Image& image, const ImageProcessorConfig& config);
+
+}  // namespace m2lm

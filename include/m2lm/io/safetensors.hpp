@@ -1,0 +1,64 @@
+// The safetensors container: a strict, memory-mapped reader and an atomic writer.
+// Floor: io. May include: core, interop.
+#pragma once
+
+#include <m2lm/core/tensor.hpp>
+
+#include <cstddef>
+#include <map>
+#include <memory>
+#include <optional>
+#include <span>
+#include <string>
+#include <string_view>
+#include <vector>
+
+namespace m2lm {
+
+struct NamedTensor {
+  std::string name;
+  AnyTensor tensor;
+};
+
+/// One *.safetensors file. Source: the format description of the safetensors project: an 8-byte little-endian header length, a
+/// JSON header, then the data, which the tensors cover without gap or overlap.
+class Safetensors {
+  struct File;
+  std::shared_ptr<const File> file_;
+
+ public:
+  Safetensors() = default;
+  /// Maps the file and checks the whole header. throws CheckpointError naming the file, the tensor and both sides of a
+  /// contradiction. A dtype that the library does not know is an error only when that tensor is asked for.
+  static Safetensors open(std::string_view path);
+
+  const std::string& path() const;
+  /// In the order of their data in the file.
+  std::span<const std::string> names() const;
+  bool contains(std::string_view name) const;
+  /// The tensor's shape and a view of the mapped bytes, which stay valid as long as the AnyTensor lives. The data may be
+  /// unaligned: read it with AnyTensor's copies. throws CheckpointError for an unknown name (with the nearest one) or dtype.
+  AnyTensor tensor(std::string_view name) const;
+  /// Nothing when the dtype is one the library does not know. throws CheckpointError for an unknown name.
+  std::optional<DType> dtype(std::string_view name) const;
+  /// The "__metadata__" of the header.
+  const std::map<std::string, std::string>& metadata() const;
+  /// Size of the file.
+  std::size_t bytes() const;
+  /// Gives the pages of all tensors back to the system; they are read again when touched.
+  void release_pages() const;
+};
+
+/// Writes the tensors in the given order, atomically. requires distinct names, none "__metadata__".
+/// throws CheckpointError on such a name, on a tensor without value, and as FileWriter does.
+void write_safetensors(std::string_view path, std::span<const NamedTensor> tensors,
+                       const std::map<std::string, std::string>& metadata = {});
+
+namespace detail {
+
+/// The candidate that takes the fewest single-character changes to become `name`; empty when there is none.
+std::string nearest_name(std::string_view name, std::span<const std::string> candidates);
+
+}  // namespace detail
+
+}  // namespace m2lm

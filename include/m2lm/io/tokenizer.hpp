@@ -1,0 +1,67 @@
+// Tokenizer: sentencepiece with the added tokens of a Hugging Face directory. TokenStream: its decoder, token by token.
+// Floor: io. May include: core, interop.
+#pragma once
+
+#include <m2lm/core/error.hpp>
+
+#include <cstdint>
+#include <memory>
+#include <optional>
+#include <span>
+#include <string>
+#include <string_view>
+#include <vector>
+
+namespace m2lm {
+
+/// Text to ids and back. Immutable; copies share the vocabulary, several threads may use it.
+/// Ids equal those of transformers for the same directory: added tokens are cut out of the text first, what is between them goes
+/// through sentencepiece.
+class Tokenizer {
+  struct State;
+  std::shared_ptr<const State> state_;
+  friend class TokenStream;
+
+ public:
+  Tokenizer() = default;
+  /// Reads tokenizer.model, then added_tokens.json, special_tokens_map.json and tokenizer_config.json where they are.
+  /// throws CheckpointError naming the file: missing, damaged, contradictory, or of a kind that is not supported yet.
+  static Tokenizer from_directory(std::string_view directory);
+
+  /// Ids of the text. With `add_bos` the beginning-of-sequence token comes first, if the checkpoint has one.
+  std::vector<std::int32_t> encode(std::string_view text, bool add_bos = true) const;
+  /// Text of the ids; `skip_special` leaves out bos, eos, padding and the other special tokens.
+  /// throws InputError naming the id and the vocabulary's size.
+  std::string decode(std::span<const std::int32_t> ids, bool skip_special = true) const;
+
+  /// Id of a piece or an added token, exactly as written in the vocabulary.
+  std::optional<std::int32_t> token_id(std::string_view piece) const;
+  /// throws InputError naming the id and the vocabulary's size.
+  const std::string& piece(std::int32_t id) const;
+  bool is_special(std::int32_t id) const;
+
+  std::optional<std::int32_t> bos() const;
+  std::optional<std::int32_t> eos() const;
+  std::optional<std::int32_t> pad() const;
+  std::optional<std::int32_t> unk() const;
+  /// One more than the largest id.
+  std::int32_t vocab_size() const;
+};
+
+/// Decodes one token at a time: everything `push` and `finish` returned, joined, equals Tokenizer::decode of all ids, and each
+/// piece is whole UTF-8 characters. Bytes that never become a character appear as U+FFFD.
+class TokenStream {
+  Tokenizer tokenizer_;
+  bool skip_special_;
+  bool first_ = true;
+  std::string bytes_;
+
+ public:
+  explicit TokenStream(const Tokenizer& tokenizer, bool skip_special = true) : tokenizer_(tokenizer), skip_special_(skip_special) {}
+  /// The text that became certain with this token; often empty in the middle of a character.
+  std::string push(std::int32_t id);
+  /// The rest, at the end of the text. The stream then starts anew.
+  std::string finish();
+};
+
+}  // namespace m2lm
