@@ -35,3 +35,12 @@
 #else
 #define M2LM_FAULT(n) false
 #endif
+
+// Before a loop whose trip count is a small constant: unroll it fully, so that arrays of vectors become registers at -O2 too.
+#if defined(__clang__)
+#define M2LM_UNROLL _Pragma("unroll")
+#elif defined(__GNUC__)
+#define M2LM_UNROLL _Pragma("GCC unroll 16")
+#else
+#define M2LM_UNROLL
+#endif

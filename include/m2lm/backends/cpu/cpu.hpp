@@ -1,0 +1,151 @@
+// Cpu: the backend that runs on the machine's cores, with kernels chosen from cpuid at run time.
+// Floor: backends. May include: core, ops.
+#pragma once
+
+#include <m2lm/backends/cpu/kernels.hpp>
+#include <m2lm/core/threads.hpp>
+#include <m2lm/ops/attention.hpp>
+#include <m2lm/ops/gather.hpp>
+#include <m2lm/ops/linear.hpp>
+#include <m2lm/ops/norm.hpp>
+#include <m2lm/ops/rope.hpp>
+
+#include <algorithm>
+#include <memory>
+#include <optional>
+#include <span>
+
+namespace m2lm {
+
+struct CpuOptions {
+  int threads = 0;                         ///< 0 = one per available core
+  std::optional<IsaLevel> max_isa = {};    ///< never use more than this; default: default_isa()
+};
+
+/// A pool of threads and a kernel table. Copies share both; so do models made from one backend.
+class Cpu {
+  struct State {
+    ThreadPool pool;
+    const detail::KernelTable* kernels;
+    State(int threads, const detail::KernelTable* table) : pool(threads), kernels(table) {}
+  };
+  std::shared_ptr<State> state_;
+
+ public:
+  using Scalar = float;
+  using Memory = HostMemory;
+
+  Cpu() : Cpu(CpuOptions{}) {}
+  /// throws OptionError for a number of threads below 0 or above 1024.
+  Cpu(const CpuOptions& options);  // NOLINT: implicit, so that Cpu{{.threads = 2}} reads well
+
+  int threads() const { return state_->pool.size(); }
+  IsaLevel isa() const { return state_->kernels->level; }
+  ThreadPool& pool() const { return state_->pool; }
+  const detail::KernelTable& kernels() const { return *state_->kernels; }
+};
+
+namespace detail {
+
+// Non-template halves of the ops below.
+PackedMatrix cpu_pack(const Cpu& cpu, std::span<const AnyTensor> sources, DType format, bool gated);
+void cpu_linear(const Cpu& cpu, Arena& arena, Matrix<const float> x, const PackedMatrix& w, const Epilogue<float>& epilogue, Matrix<float> y);
+void cpu_append_key_values(const Cpu& cpu, Matrix<const float> k, Matrix<const float> v, std::int64_t first, const KeyValues& kv);
+void cpu_attention(const Cpu& cpu, Arena& arena, Matrix<const float> q, const KeyValues& kv, std::int64_t keys, std::int64_t first,
+                   AttentionMask mask, double scale, Matrix<float> y);
+KeyValuesPlan cpu_plan_key_values(DType format, std::int64_t kv_heads, std::int64_t head_dim, std::int64_t capacity);
+void cpu_patchify(View<const float, 3> pixels, std::int64_t patch, Matrix<float> y);
+/// Calls f(row) for every row, on all threads where there is enough to do.
+void cpu_for_rows(const Cpu& cpu, std::int64_t rows, std::int64_t elements, FunctionRef<void(std::int64_t)> f);
+
+}  // namespace detail
+
+namespace ops {
+
+template <>
+struct Impl<Pack, Cpu> {
+  static PackedMatrix run(Context<Cpu>& ctx, std::span<const AnyTensor> sources, DType format, bool gated) {
+    return detail::cpu_pack(ctx.backend, sources, format, gated);
+  }
+};
+
+template <>
+struct Impl<Linear, Cpu> {
+  static void run(Context<Cpu>& ctx, Matrix<const float> x, const PackedMatrix& w, const Epilogue<float>& epilogue, Matrix<float> y) {
+    detail::cpu_linear(ctx.backend, ctx.arena, x, w, epilogue, y);
+  }
+};
+
+template <>
+struct Impl<RmsNorm, Cpu> {
+  static void run(Context<Cpu>& ctx, Matrix<const float> x, Vector<const float> weight, double eps, Matrix<float> y) {
+    detail::cpu_for_rows(ctx.backend, x.extent(0), x.elements(), [&](std::int64_t i) {
+      ctx.backend.kernels().rms_norm(x.row(i), weight.data(), static_cast<float>(eps), y.row(i), x.extent(1));
+    });
+  }
+};
+
+template <>
+struct Impl<LayerNorm, Cpu> {
+  static void run(Context<Cpu>& ctx, Matrix<const float> x, Vector<const float> weight, Vector<const float> bias, double eps, Matrix<float> y) {
+    detail::cpu_for_rows(ctx.backend, x.extent(0), x.elements(), [&](std::int64_t i) {
+      ctx.backend.kernels().layer_norm(x.row(i), weight.data(), bias.data(), static_cast<float>(eps), y.row(i), x.extent(1));
+    });
+  }
+};
+
+template <>
+struct Impl<Rope, Cpu> {
+  static void run(Context<Cpu>& ctx, Matrix<float> x, std::int64_t head_dim, Matrix<const float> cos, Matrix<const float> sin) {
+    detail::cpu_for_rows(ctx.backend, x.extent(0), x.elements(), [&](std::int64_t i) {
+      const std::int64_t angle = M2LM_FAULT(20) ? 0 : i;
+      ctx.backend.kernels().rope(x.row(i), x.extent(1) / head_dim, head_dim, cos.row(angle), sin.row(angle));
+    });
+  }
+};
+
+template <>
+struct Impl<PlanKeyValues, Cpu> {
+  static KeyValuesPlan run(Context<Cpu>&, DType format, std::int64_t kv_heads, std::int64_t head_dim, std::int64_t capacity) {
+    return detail::cpu_plan_key_values(format, kv_heads, head_dim, capacity);
+  }
+};
+
+template <>
+struct Impl<AppendKeyValues, Cpu> {
+  static void run(Context<Cpu>& ctx, Matrix<const float> k, Matrix<const float> v, std::int64_t first, const KeyValues& kv) {
+    detail::cpu_append_key_values(ctx.backend, k, v, first, kv);
+  }
+};
+
+template <>
+struct Impl<Attention, Cpu> {
+  static void run(Context<Cpu>& ctx, Matrix<const float> q, const KeyValues& kv, std::int64_t keys, std::int64_t first, AttentionMask mask,
+                  double scale, Matrix<float> y) {
+    detail::cpu_attention(ctx.backend, ctx.arena, q, kv, keys, first, mask, scale, y);
+  }
+};
+
+template <>
+struct Impl<GatherRows, Cpu> {
+  static void run(Context<Cpu>&, const AnyTensor& table, std::span<const std::int32_t> ids, Matrix<float> y) {
+    for (std::size_t i = 0; i < ids.size(); ++i)
+      table.copy_to(y.row(static_cast<std::int64_t>(i)), ids[i] * table.shape()[1], table.shape()[1]);
+  }
+};
+
+template <>
+struct Impl<Patchify, Cpu> {
+  static void run(Context<Cpu>&, View<const float, 3> pixels, std::int64_t patch, Matrix<float> y) { detail::cpu_patchify(pixels, patch, y); }
+};
+
+template <>
+struct Impl<AddRows, Cpu> {
+  static void run(Context<Cpu>& ctx, Matrix<float> x, Matrix<const float> addend) {
+    detail::cpu_for_rows(ctx.backend, x.extent(0), x.elements(),
+                         [&](std::int64_t i) { ctx.backend.kernels().add(x.row(i), addend.row(i), x.extent(1)); });
+  }
+};
+
+}  // namespace ops
+}  // namespace m2lm

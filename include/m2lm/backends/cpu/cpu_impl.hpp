@@ -1,0 +1,192 @@
+// Definitions of backends/cpu/cpu.hpp: packing, and the drivers around the kernels.
+// Floor: backends. May include: core, ops.
+#pragma once
+
+#include <m2lm/backends/cpu/cpu.hpp>
+
+#include <bit>
+#include <cstring>
+
+namespace m2lm {
+
+M2LM_IMPL Cpu::Cpu(const CpuOptions& options) {
+  const IsaLevel allowed = default_isa();
+  const IsaLevel level = options.max_isa && *options.max_isa < allowed ? *options.max_isa : allowed;
+  state_ = std::make_shared<State>(options.threads, &detail::kernel_table(level));
+}
+
+namespace detail {
+
+/// The kernels of a format. throws OptionError naming the formats there are.
+inline const FormatKernels& cpu_format(const Cpu& cpu, DType format) {
+  const FormatKernels* kernels = cpu.kernels().format(format);
+  require<OptionError>(kernels != nullptr, "m2lm::Cpu: no kernels for weights in ", dtype_name(format), "; there are f32 and bf16");
+  return *kernels;
+}
+
+inline constexpr std::int64_t k_step_of(DType format) { return format == DType::bf16 ? 2 : 1; }
+
+M2LM_IMPL void cpu_for_rows(const Cpu& cpu, std::int64_t rows, std::int64_t elements, FunctionRef<void(std::int64_t)> f) {
+  constexpr std::int64_t worth_a_barrier = 1 << 15;
+  if (rows < 2 || elements < worth_a_barrier || cpu.threads() == 1) {
+    for (std::int64_t i = 0; i < rows; ++i) f(i);
+    return;
+  }
+  cpu.pool().run([&](int part) {
+    const Range mine = split(rows, cpu.threads(), part);
+    for (std::int64_t i = mine.begin; i < mine.end; ++i) f(i);
+  });
+}
+
+M2LM_IMPL PackedMatrix cpu_pack(const Cpu& cpu, std::span<const AnyTensor> sources, DType format, bool gated) {
+  cpu_format(cpu, format);
+  std::int64_t rows = 0;
+  for (const AnyTensor& s : sources) rows += s.shape()[0];
+  const std::int64_t cols = rows == 0 ? 0 : sources[0].shape().elements() / std::max<std::int64_t>(1, sources[0].shape()[0]);
+  const std::int64_t k = round_up(cols, k_step_of(format));
+  const std::int64_t step = gated ? panel_width / 2 : panel_width;
+  const std::int64_t panels = round_up(gated ? rows / 2 : rows, step) / step;
+  const std::size_t element = dtype_size(format);
+  const std::size_t bytes = static_cast<std::size_t>(panels * panel_width * k) * element;
+  auto owner = std::make_shared<AlignedBytes>(aligned_bytes(bytes));
+  std::byte* out = owner->get();
+
+  // Row `lane` of a panel, or -1 in the padding: gated panels hold 16 rows of the first matrix, then 16 of the second.
+  const auto row_of = [&](std::int64_t panel, std::int64_t lane) -> std::int64_t {
+    if (!gated) return panel * step + lane < rows ? panel * step + lane : -1;
+    const std::int64_t in_half = panel * step + lane % step;
+    return in_half < rows / 2 ? in_half + (lane / step) * (rows / 2) : -1;
+  };
+  cpu.pool().run([&](int part) {
+    const Range mine = split(panels, cpu.threads(), part);
+    constexpr std::int64_t chunk = 256;  // inputs at a time, so that the transposition stays in L1
+    float buffer[chunk];
+    for (std::int64_t panel = mine.begin; panel < mine.end; ++panel) {
+      std::byte* to = out + static_cast<std::size_t>(panel * panel_width * k) * element;
+      for (std::int64_t lane = 0; lane < panel_width; ++lane) {
+        std::int64_t row = row_of(panel, lane);
+        const AnyTensor* source = row < 0 ? nullptr : sources.data();
+        while (source && row >= source->shape()[0]) row -= (source++)->shape()[0];
+        for (std::int64_t k0 = 0; k0 < k; k0 += chunk) {
+          const std::int64_t count = std::min(chunk, k - k0);
+          std::memset(buffer, 0, sizeof(buffer));
+          if (source && k0 < cols) source->copy_to(buffer, row * cols + k0, std::min(count, cols - k0));
+          if (format == DType::f32) {
+            for (std::int64_t i = 0; i < count; ++i) reinterpret_cast<float*>(to)[(k0 + i) * panel_width + lane] = buffer[i];
+          } else {
+            for (std::int64_t i = 0; i < count; ++i)
+              reinterpret_cast<Bf16*>(to)[(k0 + i) / 2 * panel_width * 2 + lane * 2 + (k0 + i) % 2] = to_bf16(buffer[i]);
+          }
+        }
+      }
+    }
+  });
+  PackedMatrix packed{.format = format, .rows = rows, .cols = cols, .gated = gated, .data = {}, .bytes = bytes};
+  packed.data = std::shared_ptr<const std::byte>(owner, out);
+  return packed;
+}
+
+M2LM_IMPL void cpu_linear(const Cpu& cpu, Arena& arena, Matrix<const float> x, const PackedMatrix& w, const Epilogue<float>& epilogue, Matrix<float> y) {
+  const FormatKernels& kernels = cpu_format(cpu, w.format);
+  const Arena::Scope scope(arena);
+  const std::int64_t m = x.extent(0), k = round_up(w.cols, kernels.k_step);
+  const int parts = cpu.threads();
+  GemmJob job{.x = x.data(), .ldx = x.stride(0), .w = w.data.get(), .m = m, .n = w.rows, .k = k, .gated = w.gated, .bias = epilogue.bias,
+              .activation = epilogue.activation, .residual = epilogue.residual.data(), .ld_residual = epilogue.residual.stride(0), .y = y.data(),
+              .ldy = y.stride(0)};
+  if (kernels.bf16_activations) {
+    Bf16* converted = arena.take<Bf16>(m * k);
+    cpu_for_rows(cpu, m, m * k, [&](std::int64_t i) {
+      cpu.kernels().to_bf16(x.row(i), converted + i * k, w.cols);
+      for (std::int64_t j = w.cols; j < k; ++j) converted[i * k + j] = Bf16{};
+    });
+    job.x = converted;
+    job.ldx = k;
+  } else if (k != w.cols) {
+    float* padded = arena.take<float>(m * k);
+    for (std::int64_t i = 0; i < m; ++i) {
+      std::copy_n(x.row(i), w.cols, padded + i * k);
+      std::fill(padded + i * k + w.cols, padded + (i + 1) * k, 0.0F);
+    }
+    job.x = padded;
+    job.ldx = k;
+  }
+  const std::size_t scratch_bytes = kernels.gemm_scratch();
+  std::byte* scratch = arena.take<std::byte>(static_cast<std::int64_t>(scratch_bytes) * parts);
+  constexpr std::int64_t worth_a_barrier = 1 << 15;
+  if (m * w.rows * w.cols < worth_a_barrier) {
+    kernels.gemm(job, 0, 1, scratch);
+    return;
+  }
+  cpu.pool().run([&](int part) { kernels.gemm(job, part, parts, scratch + static_cast<std::size_t>(part) * scratch_bytes); });
+}
+
+M2LM_IMPL KeyValuesPlan cpu_plan_key_values(DType format, std::int64_t kv_heads, std::int64_t head_dim, std::int64_t capacity) {
+  require<OptionError>(format == DType::f32 || format == DType::bf16, "m2lm::Cpu: a KV cache in ", dtype_name(format), " is not supported; use f32 or bf16");
+  const std::int64_t rounded = round_up(capacity, panel_width);
+  return {rounded, static_cast<std::size_t>(kv_heads * rounded * round_up(head_dim, panel_width)) * dtype_size(format)};
+}
+
+/// Stores one head's keys and values; `pair` inputs of a panel lie together.
+template <class E, std::int64_t pair>
+void append_head(const float* k, const float* v, std::int64_t tokens, std::int64_t ld_k, std::int64_t ld_v, std::int64_t first, const KeyValues& kv,
+                 std::int64_t head) {
+  const auto convert = [](float x) {
+    if constexpr (std::is_same_v<E, Bf16>)
+      return to_bf16(x);
+    else
+      return x;
+  };
+  const std::int64_t d = kv.head_dim, dk = round_up(d, pair), dv = round_up(d, panel_width);
+  E* keys = reinterpret_cast<E*>(kv.keys) + head * kv.capacity * dk;
+  E* values = reinterpret_cast<E*>(kv.values) + head * kv.capacity * dv;
+  for (std::int64_t t = 0; t < tokens; ++t) {
+    const std::int64_t key = first + t - (M2LM_FAULT(21) && first > 0 ? 1 : 0);
+    const float* k_row = k + t * ld_k + head * d;
+    const float* v_row = v + t * ld_v + head * d;
+    E* k_out = keys + key / panel_width * panel_width * dk + key % panel_width * pair;
+    E* v_out = values + key / pair * pair * panel_width + key % pair;
+    for (std::int64_t c = 0; c < d; ++c) {
+      k_out[c / pair * pair * panel_width + c % pair] = convert(k_row[c]);
+      v_out[c / panel_width * panel_width * kv.capacity + c % panel_width * pair] = convert(v_row[c]);
+    }
+  }
+}
+
+M2LM_IMPL void cpu_append_key_values(const Cpu& cpu, Matrix<const float> k, Matrix<const float> v, std::int64_t first, const KeyValues& kv) {
+  cpu_for_rows(cpu, kv.kv_heads, k.elements(), [&](std::int64_t head) {
+    if (kv.format == DType::f32)
+      append_head<float, 1>(k.data(), v.data(), k.extent(0), k.stride(0), v.stride(0), first, kv, head);
+    else
+      append_head<Bf16, 2>(k.data(), v.data(), k.extent(0), k.stride(0), v.stride(0), first, kv, head);
+  });
+}
+
+M2LM_IMPL void cpu_attention(const Cpu& cpu, Arena& arena, Matrix<const float> q, const KeyValues& kv, std::int64_t keys, std::int64_t first,
+                             AttentionMask mask, double scale, Matrix<float> y) {
+  const FormatKernels& kernels = cpu_format(cpu, kv.format);
+  const Arena::Scope scope(arena);
+  const int parts = cpu.threads();
+  const AttentionJob job{.q = q.data(), .ldq = q.stride(0), .keys_data = kv.keys, .values_data = kv.values, .tokens = q.extent(0),
+                         .heads = q.extent(1) / kv.head_dim, .kv_heads = kv.kv_heads, .head_dim = kv.head_dim, .capacity = kv.capacity,
+                         .keys = keys, .first = first, .mask = mask, .scale = static_cast<float>(scale), .y = y.data(), .ldy = y.stride(0)};
+  const std::size_t scratch_bytes = kernels.attention_scratch(kv.head_dim);
+  std::byte* scratch = arena.take<std::byte>(static_cast<std::int64_t>(scratch_bytes) * parts);
+  constexpr std::int64_t worth_a_barrier = 1 << 15;
+  if (q.elements() * keys < worth_a_barrier) {
+    kernels.attention(job, 0, 1, scratch);
+    return;
+  }
+  cpu.pool().run([&](int part) { kernels.attention(job, part, parts, scratch + static_cast<std::size_t>(part) * scratch_bytes); });
+}
+
+M2LM_IMPL void cpu_patchify(View<const float, 3> pixels, std::int64_t patch, Matrix<float> y) {
+  const std::int64_t columns = pixels.extent(2) / patch;
+  for (std::int64_t i = 0; i < y.extent(0); ++i)
+    for (std::int64_t c = 0; c < pixels.extent(0); ++c)
+      for (std::int64_t r = 0; r < patch; ++r)
+        std::copy_n(&pixels(c, i / columns * patch + r, i % columns * patch), patch, y.row(i) + (c * patch + r) * patch);
+}
+
+}  // namespace detail
+}  // namespace m2lm

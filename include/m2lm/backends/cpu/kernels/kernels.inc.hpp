@@ -1,0 +1,418 @@
+// The kernels of one instruction-set level, written over that level's Vec. Included once per level, inside its namespace and
+// target region: no includes, no static locals here.
+
+inline constexpr int vectors_per_panel = static_cast<int>(panel_width) / width;
+
+// exp(x) to about 2 ulp: 2^n · p(r), r in [-ln2/2, ln2/2]; below the smallest normal result it is 0.
+inline Vec exp(Vec x) {
+  const Vec limit = set(-87.3F);
+  const Vec c = min(max(x, limit), set(88.3F));
+  const Vec n = round(c * set(1.44269504F));
+  const Vec r = fma(n, set(2.12194440e-4F), fma(n, set(-0.693359375F), c));  // ln 2 in two pieces: 0.693359375 - 2.1219444e-4
+  Vec p = set(1.98756915e-4F);
+  p = fma(p, r, set(1.39819995e-3F));
+  p = fma(p, r, set(8.33345205e-3F));
+  p = fma(p, r, set(4.16657962e-2F));
+  p = fma(p, r, set(1.66666657e-1F));
+  p = fma(p, r, set(5.00000012e-1F));
+  p = fma(p * r, r, r) + set(1.0F);
+  return zero_where_below(x, limit, scale_by_power(p, n));
+}
+
+inline Vec logistic(Vec x) { return set(1.0F) / (set(1.0F) + exp(set(0.0F) - x)); }
+
+// erf by Abramowitz & Stegun 7.1.26: |error| <= 1.5e-7.
+inline Vec erf(Vec x) {
+  const Vec a = max(x, set(0.0F) - x);
+  const Vec t = set(1.0F) / fma(set(0.3275911F), a, set(1.0F));
+  Vec p = set(1.061405429F);
+  p = fma(p, t, set(-1.453152027F));
+  p = fma(p, t, set(1.421413741F));
+  p = fma(p, t, set(-0.284496736F));
+  p = fma(p, t, set(0.254829592F));
+  const Vec y = set(1.0F) - p * t * exp(set(0.0F) - a * a);
+  const Vec positive = zero_where_below(x, set(0.0F), y);
+  return positive - zero_where_below(set(0.0F) - x, set(0.0F), y) + zero_where_below(set(0.0F) - a, set(0.0F), y);
+}
+
+inline Vec activate(Activation activation, Vec x) {
+  switch (activation) {
+    case Activation::none: break;
+    case Activation::relu: return max(x, set(0.0F));
+    case Activation::silu: return x * logistic(x);
+    case Activation::gelu: return set(0.5F) * x * (set(1.0F) + erf(x * set(0.707106781F)));
+    case Activation::gelu_tanh: return x * logistic(set(1.5957691216F) * fma(set(0.044715F) * x * x, x, x));
+    case Activation::quick_gelu: return x * logistic(set(1.702F) * x);
+  }
+  return x;
+}
+
+// ---- tiles: c[rows][32] (+)= x[rows][k] · panel ---------------------------------------------------------------------------
+// Every element is one chain of fused multiply-adds over k in ascending order, whatever `Rows` is: so a row has the same bits
+// alone and in a batch.
+
+template <int Rows>
+struct Sums {
+  Vec sum[Rows][vectors_per_panel];
+
+  [[gnu::always_inline]] Sums(const float* c, std::int64_t ldc, bool accumulate) {
+    M2LM_UNROLL
+    for (int r = 0; r < Rows; ++r)
+      M2LM_UNROLL
+      for (int v = 0; v < vectors_per_panel; ++v) sum[r][v] = accumulate ? load(c + r * ldc + v * width) : set(0.0F);
+  }
+  [[gnu::always_inline]] void store_to(float* c, std::int64_t ldc) const {
+    M2LM_UNROLL
+    for (int r = 0; r < Rows; ++r)
+      M2LM_UNROLL
+      for (int v = 0; v < vectors_per_panel; ++v) store(c + r * ldc + v * width, sum[r][v]);
+  }
+};
+
+struct F32Tile {
+  using X = float;
+  using W = float;
+  static constexpr std::int64_t k_step = 1;
+  static constexpr bool bf16_activations = false;
+
+  template <int Rows>
+  static void run(const X* x, std::int64_t ldx, const W* w, std::int64_t k, float* c, std::int64_t ldc, bool accumulate) {
+    Sums<Rows> s(c, ldc, accumulate);
+    for (std::int64_t i = 0; i < k; ++i) {
+      M2LM_UNROLL
+      for (int v = 0; v < vectors_per_panel; ++v) {
+        const Vec b = load(w + i * panel_width + v * width);
+        M2LM_UNROLL
+        for (int r = 0; r < Rows; ++r) s.sum[r][v] = fma(set(x[r * ldx + i]), b, s.sum[r][v]);
+      }
+    }
+    s.store_to(c, ldc);
+  }
+  static void convert(const float* x, std::int64_t n, X* out) { __builtin_memcpy(out, x, static_cast<std::size_t>(n) * sizeof(float)); }
+};
+
+// bf16 weights, f32 activations: a bf16 is the upper half of an f32, so a shift and a mask widen a pair.
+struct Bf16WeightTile {
+  using X = float;
+  using W = std::uint16_t;
+  static constexpr std::int64_t k_step = 2;
+  static constexpr bool bf16_activations = false;
+
+  template <int Rows>
+  static void run(const X* x, std::int64_t ldx, const W* w, std::int64_t k, float* c, std::int64_t ldc, bool accumulate) {
+    Sums<Rows> s(c, ldc, accumulate);
+    for (std::int64_t i = 0; i < k; i += 2) {
+      M2LM_UNROLL
+      for (int v = 0; v < vectors_per_panel; ++v) {
+        Vec even, odd;
+        load_bf16_pairs(w + i * panel_width + v * width * 2, even, odd);
+        M2LM_UNROLL
+        for (int r = 0; r < Rows; ++r) s.sum[r][v] = fma(set(x[r * ldx + i + 1]), odd, fma(set(x[r * ldx + i]), even, s.sum[r][v]));
+      }
+    }
+    s.store_to(c, ldc);
+  }
+  static void convert(const float* x, std::int64_t n, X* out) { __builtin_memcpy(out, x, static_cast<std::size_t>(n) * sizeof(float)); }
+};
+
+#if M2LM_CPU_NATIVE_BF16
+// bf16 weights and activations: VDPBF16PS, two products per lane and instruction.
+struct Bf16Tile {
+  using X = std::uint16_t;
+  using W = std::uint16_t;
+  static constexpr std::int64_t k_step = 2;
+  static constexpr bool bf16_activations = true;
+
+  template <int Rows>
+  static void run(const X* x, std::int64_t ldx, const W* w, std::int64_t k, float* c, std::int64_t ldc, bool accumulate) {
+    Sums<Rows> s(c, ldc, accumulate);
+    for (std::int64_t i = 0; i < k; i += 2) {
+      const W* b = w + i * panel_width;
+      M2LM_UNROLL
+      for (int r = 0; r < Rows; ++r)
+        M2LM_UNROLL
+        for (int v = 0; v < vectors_per_panel; ++v) s.sum[r][v] = dot_bf16_pairs(s.sum[r][v], x + r * ldx + i, b + v * width * 2);
+    }
+    s.store_to(c, ldc);
+  }
+  static void convert(const float* x, std::int64_t n, X* out) {
+    std::int64_t i = 0;
+    Bf16* y = reinterpret_cast<Bf16*>(out);
+    for (; i + width <= n; i += width) convert_bf16(x + i, y + i);
+    for (; i < n; ++i) y[i] = m2lm::to_bf16(x[i]);
+  }
+};
+#else
+using Bf16Tile = Bf16WeightTile;
+#endif
+
+// rows <= tile_rows, any number of them.
+template <class Tile, int Rows = tile_rows>
+inline void run_tile(int rows, const typename Tile::X* x, std::int64_t ldx, const typename Tile::W* w, std::int64_t k, float* c, std::int64_t ldc,
+                     bool accumulate) {
+  if (rows == Rows) {
+    Tile::template run<Rows>(x, ldx, w, k, c, ldc, accumulate);
+  } else if constexpr (Rows > 1) {
+    run_tile<Tile, Rows - 1>(rows, x, ldx, w, k, c, ldc, accumulate);
+  }
+}
+
+template <class Tile>
+inline void run_rows(std::int64_t rows, const typename Tile::X* x, std::int64_t ldx, const typename Tile::W* w, std::int64_t k, float* c,
+                     std::int64_t ldc, bool accumulate) {
+  for (std::int64_t r = 0; r < rows; r += tile_rows)
+    run_tile<Tile>(static_cast<int>(rows - r < tile_rows ? rows - r : tile_rows), x + r * ldx, ldx, w, k, c + r * ldc, ldc, accumulate);
+}
+
+// ---- GEMM -----------------------------------------------------------------------------------------------------------------
+
+inline constexpr std::int64_t gemm_row_block = 192;  // rows whose sums stay in the scratch buffer: 24 KB
+
+inline std::size_t gemm_scratch() { return static_cast<std::size_t>(gemm_row_block * panel_width) * sizeof(float); }
+
+inline void finish_panel(const GemmJob& job, const float* sums, std::int64_t row0, std::int64_t rows, std::int64_t panel) {
+  const std::int64_t outputs = job.gated ? job.n / 2 : job.n;
+  const std::int64_t step = job.gated ? panel_width / 2 : panel_width;
+  const std::int64_t column = panel * step;
+  const std::int64_t valid = outputs - column < step ? outputs - column : step;
+  const int vectors = job.gated ? vectors_per_panel / 2 : vectors_per_panel;
+  float bias[panel_width] = {}, second_bias[panel_width] = {}, edge[panel_width] = {};
+  if (job.bias) {
+    __builtin_memcpy(bias, job.bias + column, static_cast<std::size_t>(valid) * sizeof(float));
+    if (job.gated) __builtin_memcpy(second_bias, job.bias + outputs + column, static_cast<std::size_t>(valid) * sizeof(float));
+  }
+  for (std::int64_t r = 0; r < rows; ++r) {
+    const float* c = sums + r * panel_width;
+    const float* residual = job.residual ? job.residual + (row0 + r) * job.ld_residual + column : nullptr;
+    float* out = job.y + (row0 + r) * job.ldy + column;
+    float* y = out;
+    if (valid < step) {
+      if (residual) {
+        __builtin_memcpy(edge, residual, static_cast<std::size_t>(valid) * sizeof(float));
+        residual = edge;
+      }
+      y = edge;
+    }
+    for (int v = 0; v < vectors; ++v) {
+      Vec value = activate(job.activation, load(c + v * width) + load(bias + v * width));
+      if (job.gated) value = value * (load(c + panel_width / 2 + v * width) + load(second_bias + v * width));
+      if (residual) value = value + load(residual + v * width);
+      store(y + v * width, value);
+    }
+    if (valid < step) __builtin_memcpy(out, edge, static_cast<std::size_t>(valid) * sizeof(float));
+  }
+}
+
+// The panels are split between the threads; per block of rows a panel's sums live in scratch (L1), one k block of the panel in
+// L1 and the rows of x in L2.
+template <class Tile>
+void gemm(const GemmJob& job, int part, int parts, std::byte* scratch) {
+  using X = typename Tile::X;
+  using W = typename Tile::W;
+  constexpr std::int64_t k_block = 16384 / static_cast<std::int64_t>(panel_width * sizeof(W)) * 2;  // 32 KB of a panel
+  float* sums = reinterpret_cast<float*>(scratch);
+  const X* x = static_cast<const X*>(job.x);
+  const W* w = reinterpret_cast<const W*>(job.w);
+  const std::int64_t panels = round_up(job.gated ? job.n / 2 : job.n, job.gated ? panel_width / 2 : panel_width) /
+                              (job.gated ? panel_width / 2 : panel_width);
+  const std::int64_t l2_rows = 524288 / static_cast<std::int64_t>(sizeof(X)) / (job.k + 1) / tile_rows * tile_rows;
+  const std::int64_t row_block = l2_rows < tile_rows ? tile_rows : (l2_rows < gemm_row_block ? l2_rows : gemm_row_block);
+  const Range mine = split(panels, parts, part);
+  for (std::int64_t row0 = 0; row0 < job.m; row0 += row_block) {
+    const std::int64_t rows = job.m - row0 < row_block ? job.m - row0 : row_block;
+    for (std::int64_t panel = mine.begin; panel < mine.end; ++panel) {
+      for (std::int64_t k0 = 0; k0 < job.k || k0 == 0; k0 += k_block) {
+        const std::int64_t k = job.k - k0 < k_block ? job.k - k0 : k_block;
+        if (M2LM_FAULT(16) && k0 + k == job.k && k0 > 0) continue;  // the last k block dropped
+        run_rows<Tile>(rows, x + row0 * job.ldx + k0, job.ldx, w + panel * job.k * panel_width + k0 * panel_width, k, sums, panel_width, k0 > 0);
+      }
+      finish_panel(job, sums, row0, rows, panel);
+    }
+  }
+}
+
+// ---- attention ------------------------------------------------------------------------------------------------------------
+
+inline constexpr std::int64_t query_rows = tile_rows >= 12 ? 24 : 12;
+
+template <class Tile>
+std::size_t attention_scratch(std::int64_t head_dim) {
+  const std::int64_t dk = round_up(head_dim, Tile::k_step), dv = round_up(head_dim, panel_width);
+  return static_cast<std::size_t>(query_rows * (round_up(dk, 32) + key_block)) * sizeof(typename Tile::X) +
+         static_cast<std::size_t>(query_rows * (key_block * 2 + dv + 2)) * sizeof(float) + 256;
+}
+
+// One online-softmax step of one row over a block of keys. `s` holds the scores; keys outside [begin, end) are masked. Writes
+// the probabilities over all `keys` of the block (0 where masked) to p, rescales the output row.
+inline void softmax_step(float* s, std::int64_t begin, std::int64_t end, std::int64_t keys, float& largest, float& sum, float* output, std::int64_t dv) {
+  if (begin >= end) {
+    for (std::int64_t j = 0; j < keys; j += width) store(s + j, set(0.0F));
+    return;
+  }
+  constexpr float hidden = -__builtin_inff();
+  for (std::int64_t j = 0; j < begin; ++j) s[j] = hidden;
+  for (std::int64_t j = end; j < keys; ++j) s[j] = hidden;
+  Vec m = load(s);
+  for (std::int64_t j = width; j < keys; j += width) m = max(m, load(s + j));
+  const float block_largest = reduce_max(m);
+  const float now_largest = block_largest > largest ? block_largest : largest;
+  if (now_largest > largest && sum > 0.0F) {
+    float factor[width];
+    store(factor, exp(set(largest - now_largest)));
+    sum *= factor[0];
+    if (!M2LM_FAULT(17))
+      for (std::int64_t j = 0; j < dv; j += width) store(output + j, load(output + j) * set(factor[0]));
+  }
+  largest = now_largest;
+  Vec total = set(0.0F);
+  for (std::int64_t j = 0; j < keys; j += width) {
+    const Vec p = exp(load(s + j) - set(largest));
+    store(s + j, p);
+    total = total + p;
+  }
+  sum += reduce_add(total);
+}
+
+// Work is split by kv head and by tiles of rows; a row is a (token, head of the group) pair, so the heads of a GQA group share
+// one pass over the keys.
+template <class Tile>
+void attention(const AttentionJob& job, int part, int parts, std::byte* scratch) {
+  using X = typename Tile::X;
+  using W = typename Tile::W;
+  const std::int64_t d = job.head_dim, dk = round_up(d, Tile::k_step), dv = round_up(d, panel_width), ldq = round_up(dk, 32);
+  X* q = reinterpret_cast<X*>(scratch);
+  X* p = q + query_rows * ldq;
+  float* scores = reinterpret_cast<float*>(p + query_rows * key_block);
+  float* output = scores + query_rows * key_block;
+  float* largest = output + query_rows * dv;
+  float* sum = largest + query_rows;
+  float* row_buffer = sum + query_rows;  // one row of scaled q
+  const std::int64_t group = job.heads / job.kv_heads, rows = job.tokens * group, tiles = (rows + query_rows - 1) / query_rows;
+  const Range mine = split(job.kv_heads * tiles, parts, part);
+  const bool causal = job.mask.causal || job.mask.window > 0;
+
+  for (std::int64_t task = mine.begin; task < mine.end; ++task) {
+    const std::int64_t kv_head = task / tiles, row0 = task % tiles * query_rows;
+    const std::int64_t count = rows - row0 < query_rows ? rows - row0 : query_rows;
+    const W* keys = reinterpret_cast<const W*>(job.keys_data) + kv_head * job.capacity * dk;
+    const W* values = reinterpret_cast<const W*>(job.values_data) + kv_head * job.capacity * dv;
+    for (std::int64_t r = 0; r < count; ++r) {
+      const std::int64_t head = M2LM_FAULT(18) ? ((row0 + r) % group) * job.kv_heads + kv_head : kv_head * group + (row0 + r) % group;
+      const float* source = job.q + (row0 + r) / group * job.ldq + head * d;
+      for (std::int64_t c = 0; c < d; ++c) row_buffer[c] = source[c] * job.scale;
+      for (std::int64_t c = d; c < dk; ++c) row_buffer[c] = 0.0F;
+      Tile::convert(row_buffer, dk, q + r * ldq);
+      largest[r] = -__builtin_inff();
+      sum[r] = 0.0F;
+      for (std::int64_t c = 0; c < dv; ++c) output[r * dv + c] = 0.0F;
+    }
+    const std::int64_t first_position = job.first + row0 / group, last_position = job.first + (row0 + count - 1) / group;
+    const std::int64_t end_key = causal ? (last_position + 1 < job.keys ? last_position + 1 : job.keys) : job.keys;
+    const std::int64_t begin_key = job.mask.window > 0 && first_position - job.mask.window + 1 > 0 ? first_position - job.mask.window + 1 : 0;
+    for (std::int64_t block = begin_key / key_block * key_block; block < end_key; block += key_block) {
+      const std::int64_t here = end_key - block < key_block ? round_up(end_key - block, panel_width) : key_block;
+      for (std::int64_t j = 0; j < here; j += panel_width)
+        run_rows<Tile>(count, q, ldq, keys + (block + j) * dk, dk, scores + j, key_block, false);
+      for (std::int64_t r = 0; r < count; ++r) {
+        const std::int64_t position = job.first + (row0 + r) / group + (M2LM_FAULT(19) ? 1 : 0);
+        const std::int64_t low = job.mask.window > 0 ? position - job.mask.window + 1 - block : 0;
+        const std::int64_t high = (causal && position + 1 < job.keys ? position + 1 : job.keys) - block;
+        softmax_step(scores + r * key_block, low > 0 ? low : 0, high < here ? high : here, here, largest[r], sum[r], output + r * dv, dv);
+        Tile::convert(scores + r * key_block, here, p + r * key_block);
+      }
+      for (std::int64_t c = 0; c < dv; c += panel_width)
+        run_rows<Tile>(count, p, key_block, values + c * job.capacity + block * panel_width, here, output + c, dv, true);
+    }
+    for (std::int64_t r = 0; r < count; ++r) {
+      const std::int64_t head = kv_head * group + (row0 + r) % group;
+      float* y = job.y + (row0 + r) / group * job.ldy + head * d;
+      const float inverse = 1.0F / sum[r];
+      for (std::int64_t c = 0; c < d; ++c) y[c] = output[r * dv + c] * inverse;
+    }
+  }
+}
+
+// ---- rows -----------------------------------------------------------------------------------------------------------------
+
+inline void convert_row(const float* x, Bf16* y, std::int64_t n) {
+  std::int64_t i = 0;
+  for (; i + width <= n; i += width) convert_bf16(x + i, y + i);
+  for (; i < n; ++i) y[i] = m2lm::to_bf16(x[i]);
+}
+
+inline void rms_norm(const float* x, const float* weight, float eps, float* y, std::int64_t n) {
+  Vec squares = set(0.0F);
+  std::int64_t i = 0;
+  for (; i + width <= n; i += width) squares = fma(load(x + i), load(x + i), squares);
+  float total = reduce_add(squares);
+  for (; i < n; ++i) total += x[i] * x[i];
+  const float inverse = 1.0F / __builtin_sqrtf(total / static_cast<float>(n) + eps);
+  for (i = 0; i + width <= n; i += width) store(y + i, load(x + i) * set(inverse) * load(weight + i));
+  for (; i < n; ++i) y[i] = x[i] * inverse * weight[i];
+}
+
+inline void layer_norm(const float* x, const float* weight, const float* bias, float eps, float* y, std::int64_t n) {
+  Vec sums = set(0.0F);
+  std::int64_t i = 0;
+  for (; i + width <= n; i += width) sums = sums + load(x + i);
+  float total = reduce_add(sums);
+  for (; i < n; ++i) total += x[i];
+  const float mean = total / static_cast<float>(n);
+  Vec squares = set(0.0F);
+  for (i = 0; i + width <= n; i += width) {
+    const Vec c = load(x + i) - set(mean);
+    squares = fma(c, c, squares);
+  }
+  float variance = reduce_add(squares);
+  for (; i < n; ++i) variance += (x[i] - mean) * (x[i] - mean);
+  const float inverse = 1.0F / __builtin_sqrtf(variance / static_cast<float>(n) + eps);
+  for (i = 0; i + width <= n; i += width)
+    store(y + i, fma((load(x + i) - set(mean)) * set(inverse), load(weight + i), load(bias + i)));
+  for (; i < n; ++i) y[i] = (x[i] - mean) * inverse * weight[i] + bias[i];
+}
+
+inline void rope(float* x, std::int64_t heads, std::int64_t head_dim, const float* cos, const float* sin) {
+  const std::int64_t half = head_dim / 2;
+  for (std::int64_t h = 0; h < heads; ++h) {
+    float* a = x + h * head_dim;
+    float* b = a + half;
+    std::int64_t i = 0;
+    for (; i + width <= half; i += width) {
+      const Vec u = load(a + i), v = load(b + i), c = load(cos + i), s = load(sin + i);
+      store(a + i, u * c - v * s);
+      store(b + i, v * c + u * s);
+    }
+    for (; i < half; ++i) {
+      const float u = a[i], v = b[i];
+      a[i] = u * cos[i] - v * sin[i];
+      b[i] = v * cos[i] + u * sin[i];
+    }
+  }
+}
+
+inline void add(float* x, const float* addend, std::int64_t n) {
+  std::int64_t i = 0;
+  for (; i + width <= n; i += width) store(x + i, load(x + i) + load(addend + i));
+  for (; i < n; ++i) x[i] += addend[i];
+}
+
+template <class Tile>
+inline FormatKernels format_kernels() {
+  return {.bf16_activations = Tile::bf16_activations,
+          .k_step = Tile::k_step,
+          .gemm = &gemm<Tile>,
+          .gemm_scratch = &gemm_scratch,
+          .attention = &attention<Tile>,
+          .attention_scratch = &attention_scratch<Tile>};
+}
+
+inline KernelTable make_table(IsaLevel level) {
+  return {.level = level,
+          .f32 = format_kernels<F32Tile>(),
+          .bf16 = format_kernels<Bf16Tile>(),
+          .to_bf16 = &convert_row,
+          .rms_norm = &rms_norm,
+          .layer_norm = &layer_norm,
+          .rope = &rope,
+          .add = &add};
+}

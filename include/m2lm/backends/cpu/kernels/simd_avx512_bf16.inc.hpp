@@ -1,0 +1,12 @@
+// The part of simd_avx512 that differs with BF16 instructions.
+
+inline constexpr bool native_bf16 = true;
+inline void convert_bf16(const float* x, Bf16* y) {
+  const __m256bh v = _mm512_cvtneps_pbh(_mm512_loadu_ps(x));
+  __builtin_memcpy(static_cast<void*>(y), &v, sizeof(v));
+}
+inline Vec dot_bf16_pairs(Vec sum, const std::uint16_t* x, const std::uint16_t* w) {
+  std::int32_t pair;
+  __builtin_memcpy(&pair, x, sizeof(pair));
+  return _mm512_dpbf16_ps(sum, (__m512bh)_mm512_set1_epi32(pair), (__m512bh)_mm512_loadu_si512(w));
+}

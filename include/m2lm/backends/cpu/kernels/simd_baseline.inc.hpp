@@ -1,0 +1,41 @@
+// Four f32 lanes by the compiler's vector extension: every target, no instruction assumed. Included inside a level's namespace.
+
+using Vec [[gnu::vector_size(16)]] = float;
+using Mask [[gnu::vector_size(16)]] = int;
+inline constexpr int width = 4;
+inline constexpr int tile_rows = 1;
+inline constexpr bool native_bf16 = false;
+
+inline Vec load(const float* p) {
+  Vec v;
+  __builtin_memcpy(&v, p, sizeof(v));
+  return v;
+}
+inline void store(float* p, Vec v) { __builtin_memcpy(p, &v, sizeof(v)); }
+inline Vec set(float x) { return Vec{x, x, x, x}; }
+inline Vec fma(Vec a, Vec b, Vec c) { return a * b + c; }
+inline Vec max(Vec a, Vec b) { return a > b ? a : b; }
+inline Vec min(Vec a, Vec b) { return a < b ? a : b; }
+inline Vec round(Vec x) {  // to nearest even, for |x| < 2^22
+  const Vec magic = set(12582912.0F);
+  return (x + magic) - magic;
+}
+inline Vec scale_by_power(Vec x, Vec n) {
+  const Mask bits = (__builtin_convertvector(n, Mask) + 127) << 23;
+  return x * (Vec)bits;
+}
+inline Vec zero_where_below(Vec x, Vec limit, Vec value) { return (Vec)((x >= limit) & (Mask)value); }
+inline float reduce_add(Vec v) { return (v[0] + v[2]) + (v[1] + v[3]); }
+inline float reduce_max(Vec v) {
+  const float a = v[0] > v[1] ? v[0] : v[1], b = v[2] > v[3] ? v[2] : v[3];
+  return a > b ? a : b;
+}
+inline void load_bf16_pairs(const std::uint16_t* p, Vec& even, Vec& odd) {
+  Mask bits;
+  __builtin_memcpy(&bits, p, sizeof(bits));
+  even = (Vec)(bits << 16);
+  odd = (Vec)(bits & static_cast<int>(0xffff0000U));
+}
+inline void convert_bf16(const float* x, Bf16* y) {
+  for (int i = 0; i < width; ++i) y[i] = m2lm::to_bf16(x[i]);
+}

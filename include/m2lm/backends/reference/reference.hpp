@@ -1,0 +1,215 @@
+// Reference<T>: every op as the plain loop of its definition. The oracle of all tests; T is float, double or a dual number.
+// Floor: backends. May include: core, ops.
+#pragma once
+
+#include <m2lm/ops/attention.hpp>
+#include <m2lm/ops/gather.hpp>
+#include <m2lm/ops/linear.hpp>
+#include <m2lm/ops/norm.hpp>
+#include <m2lm/ops/rope.hpp>
+
+#include <algorithm>
+#include <cmath>
+#include <numbers>
+#include <span>
+#include <vector>
+
+namespace m2lm {
+
+/// The oracle backend. It carries its scalar and ignores storage dtypes: weights, activations and caches are T.
+template <class T>
+struct Reference {
+  using Scalar = T;
+  using Memory = HostMemory;
+};
+
+namespace detail {
+
+template <class T>
+T apply_activation(Activation activation, T x) {
+  using std::erf;
+  using std::exp;
+  using std::tanh;
+  switch (activation) {
+    case Activation::none: return x;
+    case Activation::relu: return x > T(0) ? x : T(0);
+    case Activation::silu: return x / (T(1) + exp(-x));
+    case Activation::gelu: return T(0.5) * x * (T(1) + erf(x / T(std::numbers::sqrt2)));
+    case Activation::gelu_tanh:
+      return T(0.5) * x * (T(1) + tanh(T(0.7978845608028654) * (x + T(0.044715) * x * x * x)));
+    case Activation::quick_gelu: return x / (T(1) + exp(T(-1.702) * x));
+  }
+  return x;
+}
+
+}  // namespace detail
+
+namespace ops {
+
+template <class T>
+struct Impl<Pack, Reference<T>> {
+  static PackedMatrix run(Context<Reference<T>>&, std::span<const AnyTensor> sources, DType, bool gated) {
+    std::int64_t rows = 0;
+    const std::int64_t cols = sources[0].shape().elements() / std::max<std::int64_t>(1, sources[0].shape()[0]);
+    for (const AnyTensor& s : sources) rows += s.shape()[0];
+    auto storage = std::make_shared<Tensor<T>>(Shape{rows, cols});
+    T* out = storage->data();
+    for (const AnyTensor& s : sources) {
+      s.copy_to(out, 0, s.shape().elements());
+      out += s.shape().elements();
+    }
+    PackedMatrix packed{.format = DType::native, .rows = rows, .cols = cols, .gated = gated, .data = {}, .bytes = static_cast<std::size_t>(rows * cols) * sizeof(T)};
+    packed.data = std::shared_ptr<const std::byte>(storage, reinterpret_cast<const std::byte*>(storage->data()));
+    return packed;
+  }
+};
+
+template <class T>
+struct Impl<Linear, Reference<T>> {
+  static void run(Context<Reference<T>>&, Matrix<const T> x, const PackedMatrix& w, const Epilogue<T>& epilogue, Matrix<T> y) {
+    const T* weight = reinterpret_cast<const T*>(w.data.get());
+    const auto product = [&](std::int64_t row, std::int64_t output) {
+      T sum = epilogue.bias ? epilogue.bias[output] : T(0);
+      for (std::int64_t k = 0; k < w.cols; ++k) sum += x(row, k) * weight[output * w.cols + k];
+      return sum;
+    };
+    const std::int64_t outputs = y.extent(1);
+    for (std::int64_t i = 0; i < y.extent(0); ++i)
+      for (std::int64_t j = 0; j < outputs; ++j) {
+        T value = detail::apply_activation(epilogue.activation, product(i, j));
+        if (w.gated) value *= product(i, outputs + j);
+        if (epilogue.residual.data()) value += epilogue.residual(i, j);
+        y(i, j) = value;
+      }
+  }
+};
+
+template <class T>
+struct Impl<RmsNorm, Reference<T>> {
+  static void run(Context<Reference<T>>&, Matrix<const T> x, Vector<const T> weight, double eps, Matrix<T> y) {
+    using std::sqrt;
+    for (std::int64_t i = 0; i < x.extent(0); ++i) {
+      T squares(0);
+      for (std::int64_t j = 0; j < x.extent(1); ++j) squares += x(i, j) * x(i, j);
+      const T inverse = T(1) / sqrt(squares / T(static_cast<double>(x.extent(1))) + T(eps));
+      for (std::int64_t j = 0; j < x.extent(1); ++j) y(i, j) = x(i, j) * inverse * weight(j);
+    }
+  }
+};
+
+template <class T>
+struct Impl<LayerNorm, Reference<T>> {
+  static void run(Context<Reference<T>>&, Matrix<const T> x, Vector<const T> weight, Vector<const T> bias, double eps, Matrix<T> y) {
+    using std::sqrt;
+    const T n(static_cast<double>(x.extent(1)));
+    for (std::int64_t i = 0; i < x.extent(0); ++i) {
+      T mean(0), variance(0);
+      for (std::int64_t j = 0; j < x.extent(1); ++j) mean += x(i, j);
+      mean = mean / n;
+      for (std::int64_t j = 0; j < x.extent(1); ++j) variance += (x(i, j) - mean) * (x(i, j) - mean);
+      const T inverse = T(1) / sqrt(variance / n + T(eps));
+      for (std::int64_t j = 0; j < x.extent(1); ++j) y(i, j) = (x(i, j) - mean) * inverse * weight(j) + bias(j);
+    }
+  }
+};
+
+template <class T>
+struct Impl<Rope, Reference<T>> {
+  static void run(Context<Reference<T>>&, Matrix<T> x, std::int64_t head_dim, Matrix<const T> cos, Matrix<const T> sin) {
+    const std::int64_t half = head_dim / 2;
+    for (std::int64_t t = 0; t < x.extent(0); ++t)
+      for (std::int64_t h = 0; h < x.extent(1); h += head_dim)
+        for (std::int64_t i = 0; i < half; ++i) {
+          const T a = x(t, h + i), b = x(t, h + half + i);
+          x(t, h + i) = a * cos(t, i) - b * sin(t, i);
+          x(t, h + half + i) = b * cos(t, i) + a * sin(t, i);
+        }
+  }
+};
+
+// Layout of Reference's KeyValues: [kv_heads, capacity, head_dim].
+template <class T>
+struct Impl<PlanKeyValues, Reference<T>> {
+  static KeyValuesPlan run(Context<Reference<T>>&, DType, std::int64_t kv_heads, std::int64_t head_dim, std::int64_t capacity) {
+    return {capacity, static_cast<std::size_t>(kv_heads * head_dim * capacity) * sizeof(T)};
+  }
+};
+
+template <class T>
+struct Impl<AppendKeyValues, Reference<T>> {
+  static void run(Context<Reference<T>>&, Matrix<const T> k, Matrix<const T> v, std::int64_t first, const KeyValues& kv) {
+    for (std::int64_t t = 0; t < k.extent(0); ++t)
+      for (std::int64_t h = 0; h < kv.kv_heads; ++h)
+        for (std::int64_t c = 0; c < kv.head_dim; ++c) {
+          const std::int64_t at = (h * kv.capacity + first + t) * kv.head_dim + c;
+          reinterpret_cast<T*>(kv.keys)[at] = k(t, h * kv.head_dim + c);
+          reinterpret_cast<T*>(kv.values)[at] = v(t, h * kv.head_dim + c);
+        }
+  }
+};
+
+template <class T>
+struct Impl<Attention, Reference<T>> {
+  static void run(Context<Reference<T>>&, Matrix<const T> q, const KeyValues& kv, std::int64_t keys, std::int64_t first, AttentionMask mask,
+                  double scale, Matrix<T> y) {
+    using std::exp;
+    const std::int64_t d = kv.head_dim, heads = q.extent(1) / d, group = heads / kv.kv_heads;
+    std::vector<T> p(static_cast<std::size_t>(keys));
+    for (std::int64_t t = 0; t < q.extent(0); ++t)
+      for (std::int64_t h = 0; h < heads; ++h) {
+        const std::int64_t position = first + t;
+        const std::int64_t begin = mask.window > 0 ? std::max<std::int64_t>(0, position - mask.window + 1) : 0;
+        const std::int64_t end = mask.causal || mask.window > 0 ? std::min(keys, position + 1) : keys;
+        const T* k = reinterpret_cast<const T*>(kv.keys) + h / group * kv.capacity * d;
+        const T* v = reinterpret_cast<const T*>(kv.values) + h / group * kv.capacity * d;
+        T largest(0), sum(0);
+        for (std::int64_t j = begin; j < end; ++j) {
+          T s(0);
+          for (std::int64_t c = 0; c < d; ++c) s += q(t, h * d + c) * k[j * d + c];
+          s *= T(scale);
+          p[static_cast<std::size_t>(j)] = s;
+          if (j == begin || s > largest) largest = s;
+        }
+        for (std::int64_t j = begin; j < end; ++j) {
+          p[static_cast<std::size_t>(j)] = exp(p[static_cast<std::size_t>(j)] - largest);
+          sum += p[static_cast<std::size_t>(j)];
+        }
+        for (std::int64_t c = 0; c < d; ++c) {
+          T out(0);
+          for (std::int64_t j = begin; j < end; ++j) out += p[static_cast<std::size_t>(j)] * v[j * d + c];
+          y(t, h * d + c) = out / sum;
+        }
+      }
+  }
+};
+
+template <class T>
+struct Impl<GatherRows, Reference<T>> {
+  static void run(Context<Reference<T>>&, const AnyTensor& table, std::span<const std::int32_t> ids, Matrix<T> y) {
+    for (std::size_t i = 0; i < ids.size(); ++i)
+      table.copy_to(y.row(static_cast<std::int64_t>(i)), ids[i] * table.shape()[1], table.shape()[1]);
+  }
+};
+
+template <class T>
+struct Impl<Patchify, Reference<T>> {
+  static void run(Context<Reference<T>>&, View<const T, 3> pixels, std::int64_t patch, Matrix<T> y) {
+    const std::int64_t columns = pixels.extent(2) / patch;
+    for (std::int64_t i = 0; i < y.extent(0); ++i)
+      for (std::int64_t j = 0; j < y.extent(1); ++j) {
+        const std::int64_t c = j / (patch * patch), r = j / patch % patch, s = j % patch;
+        y(i, j) = pixels(c, i / columns * patch + r, i % columns * patch + s);
+      }
+  }
+};
+
+template <class T>
+struct Impl<AddRows, Reference<T>> {
+  static void run(Context<Reference<T>>&, Matrix<T> x, Matrix<const T> addend) {
+    for (std::int64_t i = 0; i < x.extent(0); ++i)
+      for (std::int64_t j = 0; j < x.extent(1); ++j) x(i, j) += addend(i, j);
+  }
+};
+
+}  // namespace ops
+}  // namespace m2lm

@@ -1,0 +1,70 @@
+// Keys and values in a backend's own layout, and attention over them.
+// Floor: ops. May include: core, ops.
+#pragma once
+
+#include <m2lm/ops/op.hpp>
+
+namespace m2lm {
+
+/// The keys and values of one layer for one sequence, in the layout of the backend that made it. Non-owning.
+struct KeyValues {
+  DType format = DType::native;
+  std::int64_t kv_heads = 0;
+  std::int64_t head_dim = 0;
+  std::int64_t capacity = 0;  ///< keys that fit
+  std::byte* keys = nullptr;
+  std::byte* values = nullptr;
+};
+
+/// Bytes of `keys` and of `values` (the two are equal), as a backend lays them out.
+struct KeyValuesPlan {
+  std::int64_t capacity = 0;  ///< rounded up as the backend likes it
+  std::size_t bytes = 0;
+};
+
+/// Which keys a query at position p sees: none = all, causal = j <= p, window w > 0 = p - w < j <= p (causal too).
+struct AttentionMask {
+  bool causal = false;
+  std::int64_t window = 0;
+  friend constexpr bool operator==(const AttentionMask&, const AttentionMask&) = default;
+};
+
+namespace ops {
+
+struct PlanKeyValues;
+struct AppendKeyValues;
+struct Attention;
+
+/// Sizes of the buffers for `capacity` keys. The buffers must be zero-filled before first use.
+template <class B>
+KeyValuesPlan plan_key_values(Context<B>& ctx, DType format, std::int64_t kv_heads, std::int64_t head_dim, std::int64_t capacity) {
+  require(kv_heads > 0 && head_dim > 0 && capacity >= 0, "m2lm::ops::plan_key_values: ", kv_heads, " heads of ", head_dim, " for ", capacity, " keys");
+  return Impl<PlanKeyValues, B>::run(ctx, format, kv_heads, head_dim, capacity);
+}
+
+/// Stores k and v of tokens at positions [first, first + tokens). requires k, v [tokens, kv_heads·head_dim].
+template <class B>
+void append_key_values(Context<B>& ctx, Matrix<const ScalarOf<B>> k, Matrix<const ScalarOf<B>> v, std::int64_t first, const KeyValues& kv) {
+  require(k.shape() == v.shape() && k.extent(1) == kv.kv_heads * kv.head_dim, "m2lm::ops::append_key_values: k is ", k.shape().string(), ", v is ",
+          v.shape().string(), ", expected ", kv.kv_heads, " heads of ", kv.head_dim);
+  require<CapacityError>(first >= 0 && first + k.extent(0) <= kv.capacity, "m2lm::ops::append_key_values: positions ", first, " to ",
+                         first + k.extent(0), " do not fit in ", kv.capacity);
+  if (k.elements() != 0) Impl<AppendKeyValues, B>::run(ctx, k, v, first, kv);
+}
+
+/// y = softmax(scale · q·kᵀ + mask)·v per head, softmax in f32 or better. Query t stands at position first + t; keys
+/// [0, keys) are stored. requires q, y [tokens, heads·head_dim], heads a multiple of kv_heads (head h reads kv head
+/// h / (heads / kv_heads)), every query sees a key; y does not alias q. Never writes the whole score matrix. Keys are visited
+/// in blocks of fixed size from 0 on, so the bits do not depend on how queries are grouped into calls.
+template <class B>
+void attention(Context<B>& ctx, Matrix<const ScalarOf<B>> q, const KeyValues& kv, std::int64_t keys, std::int64_t first, AttentionMask mask,
+               double scale, Matrix<ScalarOf<B>> y) {
+  require(q.shape() == y.shape() && q.extent(1) % (kv.kv_heads * kv.head_dim) == 0, "m2lm::ops::attention: q is ", q.shape().string(), ", y is ",
+          y.shape().string(), ", keys have ", kv.kv_heads, " heads of ", kv.head_dim);
+  require(keys <= kv.capacity && (keys > 0 || q.extent(0) == 0) && (!mask.causal || first + q.extent(0) <= keys), "m2lm::ops::attention: ",
+          q.extent(0), " queries from position ", first, " over ", keys, " keys of ", kv.capacity);
+  if (q.elements() != 0) Impl<Attention, B>::run(ctx, q, kv, keys, first, mask, scale, y);
+}
+
+}  // namespace ops
+}  // namespace m2lm

@@ -1,0 +1,44 @@
+// Gathering rows of a table, and cutting a picture into patches.
+// Floor: ops. May include: core, ops.
+#pragma once
+
+#include <m2lm/ops/op.hpp>
+
+#include <span>
+
+namespace m2lm::ops {
+
+struct GatherRows;
+struct Patchify;
+struct AddRows;
+
+/// y[i] = table[ids[i]]. requires table [rows, n] of a floating dtype, y [ids, n]. throws InputError for an id outside the table.
+template <class B>
+void gather_rows(Context<B>& ctx, const AnyTensor& table, std::span<const std::int32_t> ids, Matrix<ScalarOf<B>> y) {
+  require(table.shape().rank() == 2 && y.extent(0) == static_cast<std::int64_t>(ids.size()) && y.extent(1) == table.shape()[1],
+          "m2lm::ops::gather_rows: table ", table.shape().string(), ", ", ids.size(), " ids, y ", y.shape().string());
+  for (const std::int32_t id : ids)
+    require<InputError>(id >= 0 && id < table.shape()[0], "m2lm: token id ", id, " is outside the embedding table of ", table.shape()[0], " rows");
+  Impl<GatherRows, B>::run(ctx, table, ids, y);
+}
+
+/// Cuts pixels [channels, height, width] into patches: y[row·columns + column] = the patch, channel-major (as the weight of a
+/// convolution with kernel = stride = patch is laid out). requires height and width multiples of patch,
+/// y [height/patch · width/patch, channels·patch·patch].
+template <class B>
+void patchify(Context<B>& ctx, View<const ScalarOf<B>, 3> pixels, std::int64_t patch, Matrix<ScalarOf<B>> y) {
+  require(patch > 0 && pixels.extent(1) % patch == 0 && pixels.extent(2) % patch == 0, "m2lm::ops::patchify: pixels ", pixels.shape().string(),
+          " are not a whole number of patches of ", patch);
+  const std::int64_t rows = pixels.extent(1) / patch, columns = pixels.extent(2) / patch;
+  require(y.extent(0) == rows * columns && y.extent(1) == pixels.extent(0) * patch * patch, "m2lm::ops::patchify: y is ", y.shape().string());
+  Impl<Patchify, B>::run(ctx, pixels, patch, y);
+}
+
+/// x += addend, element by element. requires equal shapes.
+template <class B>
+void add_rows(Context<B>& ctx, Matrix<ScalarOf<B>> x, Matrix<const ScalarOf<B>> addend) {
+  require(x.shape() == addend.shape(), "m2lm::ops::add_rows: x is ", x.shape().string(), ", the addend ", addend.shape().string());
+  Impl<AddRows, B>::run(ctx, x, addend);
+}
+
+}  // namespace m2lm::ops

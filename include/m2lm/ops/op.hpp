@@ -1,0 +1,34 @@
+// How an op finds its backend, and the context that every op runs in.
+// Floor: ops. May include: core.
+#pragma once
+
+#include <m2lm/core/arena.hpp>
+#include <m2lm/core/packed.hpp>
+#include <m2lm/core/policy.hpp>
+#include <m2lm/core/tensor.hpp>
+
+namespace m2lm {
+
+/// What a forward pass runs in: the backend, scratch memory, and the decoder's embedding table for the parts that look at it
+/// (alignment attention, visual words). A session owns the arena.
+template <class B>
+struct Context {
+  B& backend;
+  Arena& arena;
+  const AnyTensor* embedding_table = nullptr;  ///< [vocabulary, hidden], or null where there is no decoder
+};
+
+/// The scalar of a backend's activations: float on Cpu and Cuda, T on Reference<T>.
+template <class B>
+using ScalarOf = typename B::Scalar;
+
+namespace ops {
+
+/// A backend specialises Impl<Op, Backend> with `static … run(Context<Backend>&, …)` for each op it has.
+template <class Op, class B>
+struct Impl {
+  static_assert(dependent_false<B>, "m2lm: this backend has no implementation of this op (is <m2lm/backends/...> included?)");
+};
+
+}  // namespace ops
+}  // namespace m2lm
