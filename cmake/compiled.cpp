@@ -1,0 +1,1 @@
+#include <m2lm/impl.hpp>

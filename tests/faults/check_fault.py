@@ -1,0 +1,63 @@
+#!/usr/bin/env python3
+"""Judges test programs that have a fault planted in them.
+
+check_fault.py caught PROGRAM        the program must run to its end and report a failure
+check_fault.py passes PROGRAM        the program, built without a fault, must pass
+check_fault.py table HEADER TABLE    every fault of faults.hpp is in faults.json, once and under its name
+"""
+
+import json
+import pathlib
+import re
+import subprocess
+import sys
+
+LEAST_FAULTS = 20
+SKIPPED = 77
+
+
+def run(program):
+    result = subprocess.run([program], stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True, timeout=600, check=False)
+    failed_cases = re.findall(r"^TEST CASE: +(.+)$", result.stdout, re.MULTILINE)
+    if result.returncode == SKIPPED:
+        print(result.stdout)
+        sys.exit(SKIPPED)
+    return result, failed_cases
+
+
+def caught(program):
+    result, failed_cases = run(program)
+    if result.returncode == 0 or "[doctest] Status: FAILURE!" not in result.stdout:
+        print(result.stdout)
+        print(f"NOT CAUGHT (exit status {result.returncode})")
+        return 1
+    print("caught by: " + "; ".join(dict.fromkeys(failed_cases)))
+    return 0
+
+
+def passes(program):
+    result, _ = run(program)
+    if result.returncode != 0:
+        print(result.stdout)
+        print(f"without a fault the program should pass; its exit status is {result.returncode}")
+        return 1
+    return 0
+
+
+def table(header, table_file):
+    text = pathlib.Path(header).read_text(encoding="utf-8")
+    named = {int(number): name for name, number in re.findall(r"\b(\w+)\s*=\s*(\d+)\b", text)}
+    entries = json.loads(pathlib.Path(table_file).read_text(encoding="utf-8"))
+    listed = {entry["number"]: entry["name"] for entry in entries}
+    problems = [f"fault {number}: faults.hpp says {named.get(number)}, faults.json says {listed.get(number)}"
+                for number in sorted(named.keys() | listed.keys()) if named.get(number) != listed.get(number)]
+    if len(listed) != len(entries):
+        problems.append("faults.json has a number twice")
+    if len(listed) < LEAST_FAULTS:
+        problems.append(f"{len(listed)} faults; there should be {LEAST_FAULTS} or more")
+    print("\n".join(problems) if problems else f"{len(listed)} faults, each with the program that must catch it")
+    return 1 if problems else 0
+
+
+if __name__ == "__main__":
+    sys.exit({"caught": caught, "passes": passes, "table": table}[sys.argv[1]](*sys.argv[2:]))

@@ -1,0 +1,133 @@
+#!/usr/bin/env python3
+"""The package as other projects see it: installed, found, added, fetched. Nothing is downloaded.
+
+install           an install needs no compiler, and puts exactly the expected files into include/ and share/
+find_package      a moved install is found, by version and component; three programs build against it and run
+add_subdirectory  the same programs in the same build; nothing of the including project changes
+fetch_content     the same, declared with FetchContent and fully disconnected
+"""
+
+import argparse
+import os
+import pathlib
+import re
+import shutil
+import subprocess
+import sys
+
+HERE = pathlib.Path(__file__).resolve().parent
+PARTS = ("core", "m2lm", "compiled")
+
+
+class Failure(Exception):
+    pass
+
+
+class Package:
+    def __init__(self, options):
+        self.source, self.work = options.source_dir.resolve(), options.work_dir.resolve()
+        self.cmake, self.compiler = options.cmake, options.compiler
+        shutil.rmtree(self.work, ignore_errors=True)
+        self.work.mkdir(parents=True)
+
+    def run(self, *command, expect_failure=None, env=None):
+        """Runs a command that must succeed, or must fail and say `expect_failure`."""
+        command = [str(word) for word in command]
+        result = subprocess.run(command, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True, check=False,
+                                env={**os.environ, **(env or {})})
+        # CMake wraps its messages; compare them on one line.
+        output = re.sub(r"\s+", " ", result.stdout)
+        if expect_failure is None and result.returncode != 0:
+            raise Failure(f"{' '.join(command)}\n{result.stdout[-4000:]}")
+        if expect_failure is not None and (result.returncode == 0 or expect_failure not in output):
+            raise Failure(f"{' '.join(command)}\nshould fail and say: {expect_failure}\n{result.stdout[-4000:]}")
+        return result.stdout
+
+    def install(self):
+        """Installs without a compiler; returns the prefix."""
+        build, prefix = self.work / "m2lm-build", self.work / "prefix"
+        no_compiler = {"CC": "/bin/false", "CXX": "/bin/false"}
+        self.run(self.cmake, "-G", "Ninja", "-S", self.source, "-B", build, f"-DCMAKE_INSTALL_PREFIX={prefix}", env=no_compiler)
+        self.run(self.cmake, "--install", build, env=no_compiler)
+        return prefix
+
+    def configure(self, consumer, build, *arguments, parts=PARTS, **kwargs):
+        return self.run(self.cmake, "-G", "Ninja", "-S", HERE / consumer, "-B", self.work / build,
+                        f"-DCMAKE_CXX_COMPILER={self.compiler}", f"-DM2LM_USER_PARTS={';'.join(parts)}", *arguments, **kwargs)
+
+    def build_and_run(self, build, parts=PARTS):
+        self.run(self.cmake, "--build", self.work / build, "-j", "1")
+        for part in parts:
+            print(f"user_{part}: {self.run(self.work / build / f'user_{part}').strip() or 'ok'}")
+
+
+def check_install(package):
+    prefix = package.install()
+    installed = {str(path.relative_to(prefix)) for path in prefix.rglob("*") if not path.is_dir()}
+    headers = {f"include/{path.relative_to(package.source / 'include')}" for path in (package.source / "include").rglob("*.hpp")}
+    others = set((HERE / "manifest.txt").read_text(encoding="utf-8").split())
+    for name in sorted(installed ^ (headers | others)):
+        raise Failure(f"{name}: {'installed but not expected' if name in installed else 'expected but not installed'}")
+    for path in prefix.rglob("*.cmake"):
+        for place in (package.source, package.work):
+            if str(place) in path.read_text(encoding="utf-8"):
+                raise Failure(f"{path.name} names the path {place}")
+    print(f"{len(installed)} files installed, no path of this machine in them")
+
+
+def check_find_package(package):
+    prefix = package.work / "moved"
+    package.install().rename(prefix)
+    found = f"-DCMAKE_PREFIX_PATH={prefix}"
+    version = re.search(r'set\(PACKAGE_VERSION "([0-9.]+)"\)', (prefix / "share/cmake/m2lm/m2lmConfigVersion.cmake").read_text())
+    major, minor, _ = version.group(1).split(".")
+
+    without_readers = [f"-DCMAKE_DISABLE_FIND_PACKAGE_{name}=ON" for name in ("nlohmann_json", "SentencePiece", "Stb")]
+    package.configure("find_package", "newer", found, f"-DM2LM_USER_VERSION={major}.{int(minor) + 1}",
+                      expect_failure="compatible with requested version")
+    package.configure("find_package", "unknown", found, parts=["telepathy"],
+                      expect_failure="m2lm has no component 'telepathy'; it has: core")
+    package.configure("find_package", "missing", found, *without_readers, parts=["m2lm"],
+                      expect_failure="m2lm::m2lm needs what was not found: nlohmann_json;SentencePiece;Stb")
+    package.configure("find_package", "core-only", found, *without_readers, parts=["core"])
+    package.configure("find_package", "build", found, f"-DM2LM_USER_VERSION={major}.{minor}")
+    package.build_and_run("build")
+
+
+def check_add_subdirectory(package):
+    source = f"-DM2LM_SOURCE_DIR={package.source}"
+    package.configure("reexport", "no-export", source, expect_failure="that is not in any export set")
+    package.configure("reexport", "export", source, "-DM2LM_INSTALL=ON")
+    package.configure("add_subdirectory", "build", source)
+    package.build_and_run("build")
+
+
+def check_fetch_content(package):
+    parts = ("core",)
+    package.configure("fetch_content", "build", f"-DM2LM_SOURCE_DIR={package.source}", "-DFETCHCONTENT_FULLY_DISCONNECTED=ON",
+                      parts=parts)
+    package.build_and_run("build", parts)
+
+
+CHECKS = {"install": check_install, "find_package": check_find_package, "add_subdirectory": check_add_subdirectory,
+          "fetch_content": check_fetch_content}
+
+
+def main():
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("check", choices=CHECKS)
+    parser.add_argument("--source-dir", type=pathlib.Path, required=True)
+    parser.add_argument("--work-dir", type=pathlib.Path, required=True, help="emptied first")
+    parser.add_argument("--cmake", default="cmake")
+    parser.add_argument("--compiler", default="c++")
+    options = parser.parse_args()
+    try:
+        CHECKS[options.check](Package(options))
+    except Failure as failure:
+        print(f"FAILED: {failure}")
+        return 1
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())
