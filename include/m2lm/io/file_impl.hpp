@@ -1,0 +1,170 @@
+// Definitions of io/file.hpp.
+// Floor: io. May include: core, interop.
+#pragma once
+
+#include <m2lm/io/file.hpp>
+
+#include <fcntl.h>
+#include <sys/mman.h>
+#include <sys/stat.h>
+#include <unistd.h>
+
+#include <atomic>
+#include <cerrno>
+#include <cstdio>
+#include <cstring>
+#include <system_error>
+#include <utility>
+
+namespace m2lm {
+
+namespace detail {
+
+M2LM_IMPL std::string system_message(int error) { return std::generic_category().message(error); }
+
+/// Closes a descriptor at the end of a scope.
+struct Descriptor {
+  int fd = -1;
+  explicit Descriptor(int descriptor) : fd(descriptor) {}
+  ~Descriptor() {
+    if (fd >= 0) ::close(fd);
+  }
+  Descriptor(const Descriptor&) = delete;
+  Descriptor& operator=(const Descriptor&) = delete;
+};
+
+M2LM_IMPL std::string too_long(std::string_view path, std::size_t max_bytes) {
+  return concat(path, ": the file is longer than the ", max_bytes, " bytes that are read of such a file");
+}
+
+M2LM_IMPL std::string try_read_file(std::string_view path, std::size_t max_bytes, std::string& out) {
+  const std::string name(path);
+  if (name.empty()) return "an empty file name was given";
+  if (name.find('\0') != std::string::npos) return "a file name contains a NUL byte";
+  const Descriptor file(::open(name.c_str(), O_RDONLY | O_CLOEXEC));
+  if (file.fd < 0) return concat(path, ": cannot open the file: ", system_message(errno));
+  struct stat status {};
+  if (::fstat(file.fd, &status) != 0) return concat(path, ": cannot read the file: ", system_message(errno));
+  if (S_ISDIR(status.st_mode)) return concat(path, ": is a directory; a file is needed");
+  std::size_t expected = 0;
+  if (S_ISREG(status.st_mode)) {
+    if (static_cast<std::uintmax_t>(status.st_size) > max_bytes) return too_long(path, max_bytes);
+    expected = static_cast<std::size_t>(status.st_size);
+  }
+  out.resize(expected + 1);  // one more than expected: the end of the file is seen without a second buffer
+  std::size_t filled = 0;
+  for (;;) {
+    if (filled == out.size()) out.resize(out.size() * 2 + 4096);
+    const ssize_t n = ::read(file.fd, out.data() + filled, out.size() - filled);
+    if (n < 0 && errno == EINTR) continue;
+    if (n < 0) return concat(path, ": cannot read the file: ", system_message(errno));
+    if (n == 0) break;
+    filled += static_cast<std::size_t>(n);
+    if (filled > max_bytes) return too_long(path, max_bytes);
+  }
+  out.resize(filled);
+  return {};
+}
+
+}  // namespace detail
+
+M2LM_IMPL bool file_exists(std::string_view path) {
+  struct stat status {};
+  return ::stat(std::string(path).c_str(), &status) == 0 && !S_ISDIR(status.st_mode);
+}
+
+M2LM_IMPL bool directory_exists(std::string_view path) {
+  struct stat status {};
+  return ::stat(std::string(path).c_str(), &status) == 0 && S_ISDIR(status.st_mode);
+}
+
+M2LM_IMPL std::string join_path(std::string_view directory, std::string_view name) {
+  std::string out(directory);
+  if (!out.empty() && out.back() != '/') out += '/';
+  out += name;
+  return out;
+}
+
+M2LM_IMPL std::string read_file(std::string_view path, std::size_t max_bytes) {
+  std::string out;
+  const std::string problem = detail::try_read_file(path, max_bytes, out);
+  if (!problem.empty()) throw InputError(problem);
+  return out;
+}
+
+M2LM_IMPL FileWriter::FileWriter(std::string_view path) : path_(path) {
+  static std::atomic<unsigned> counter{0};
+  if (directory_exists(path)) throw InputError(concat(path, ": is a directory; give the name of a file to write"));
+  // Beside the target, because a rename is atomic only inside one file system.
+  temporary_ = concat(path, ".", static_cast<long>(::getpid()), ".", counter.fetch_add(1), ".part");
+  descriptor_ = ::open(temporary_.c_str(), O_WRONLY | O_CREAT | O_EXCL | O_CLOEXEC, 0666);
+  if (descriptor_ < 0) {
+    const int error = errno;
+    temporary_.clear();
+    fail("cannot write the file", error);
+  }
+}
+
+M2LM_IMPL FileWriter::~FileWriter() {
+  if (descriptor_ >= 0) ::close(descriptor_);
+  if (!temporary_.empty()) ::unlink(temporary_.c_str());
+}
+
+M2LM_IMPL void FileWriter::fail(std::string_view what, int error) const {
+  const std::string message = concat(path_, ": ", what, " (", written_, " bytes were written): ", detail::system_message(error));
+  if (error == ENOSPC || error == EDQUOT || error == EFBIG) throw CapacityError(message + ": free some space or choose another disk");
+  throw InputError(message);
+}
+
+M2LM_IMPL void FileWriter::write(std::span<const std::byte> bytes) {
+  while (!bytes.empty()) {
+    const ssize_t n = ::write(descriptor_, bytes.data(), bytes.size());
+    if (n < 0 && errno == EINTR) continue;
+    if (n < 0) fail("cannot write the file", errno);
+    written_ += static_cast<std::uint64_t>(n);
+    bytes = bytes.subspan(static_cast<std::size_t>(n));
+  }
+}
+
+M2LM_IMPL void FileWriter::commit() {
+  // Some file systems report a full disk only here.
+  if (::fsync(descriptor_) != 0 && errno != EINVAL && errno != EROFS) fail("cannot write the file", errno);
+  const int closed = ::close(std::exchange(descriptor_, -1));
+  if (closed != 0) fail("cannot write the file", errno);
+  if (std::rename(temporary_.c_str(), path_.c_str()) != 0) fail("cannot give the file its name", errno);
+  temporary_.clear();
+}
+
+M2LM_IMPL void write_file(std::string_view path, std::span<const std::byte> bytes) {
+  FileWriter writer(path);
+  writer.write(bytes);
+  writer.commit();
+}
+
+M2LM_IMPL MappedFile MappedFile::open(std::string_view path) {
+  MappedFile out;
+  out.path_ = std::string(path);
+  const detail::Descriptor file(::open(out.path_.c_str(), O_RDONLY | O_CLOEXEC));
+  if (file.fd < 0) throw CheckpointError(concat(path, ": cannot open the file: ", detail::system_message(errno)));
+  struct stat status {};
+  if (::fstat(file.fd, &status) != 0) throw CheckpointError(concat(path, ": cannot read the file: ", detail::system_message(errno)));
+  if (!S_ISREG(status.st_mode)) throw CheckpointError(concat(path, ": is not a regular file"));
+  out.size_ = static_cast<std::size_t>(status.st_size);
+  if (out.size_ == 0) return out;
+  void* address = ::mmap(nullptr, out.size_, PROT_READ, MAP_PRIVATE, file.fd, 0);
+  if (address == MAP_FAILED) throw CheckpointError(concat(path, ": cannot map the file into memory: ", detail::system_message(errno)));
+  out.data_ = static_cast<const std::byte*>(address);
+  out.owner_ = std::shared_ptr<const void>(address, [size = out.size_](const void* p) { ::munmap(const_cast<void*>(p), size); });
+  return out;
+}
+
+M2LM_IMPL void MappedFile::release(std::size_t begin, std::size_t length) const {
+  const auto page = static_cast<std::size_t>(::sysconf(_SC_PAGESIZE));
+  if (begin >= size_) return;
+  const std::size_t end = length < size_ - begin ? begin + length : size_;
+  const std::size_t first = (begin + page - 1) / page * page;
+  const std::size_t last = end == size_ ? end : end / page * page;  // the file's last page is ours alone
+  if (first < last) ::madvise(const_cast<std::byte*>(data_ + first), last - first, MADV_DONTNEED);
+}
+
+}  // namespace m2lm
