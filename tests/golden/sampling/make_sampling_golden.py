@@ -118,7 +118,7 @@ def main():
     raw += [bytes(rng.choice([0x41, 0x80, 0xBF, 0xC2, 0xE2, 0x82, 0xAC, 0xF0, 0x9F, 0xED, 0xF4, 0x90]) for _ in range(16)) for _ in range(20)]
 
     def number(x):
-        return "null" if x == float("-inf") else f"{x:.9g}" + ("" if x or str(x)[0] != "-" else ".0")
+        return "null" if x == float("-inf") else f"{x:.9g}"
 
     def numbers(xs):
         return "[" + ",".join(map(number, xs)) + "]"
