@@ -29,8 +29,9 @@ struct ImageLimits {
   std::size_t max_file_bytes = std::size_t{1} << 30;
 };
 
-/// Any picture stb_image reads (JPEG, PNG, BMP, GIF, TGA, PSD, PNM), as RGB: grey and palettes are spread, alpha is dropped, of 16
-/// bits the upper 8 are kept. throws InputError naming the file: missing, empty, damaged, of an unknown format, or over the limits.
+/// JPEG, PNG, BMP, GIF (its first frame) or binary PNM, as Pillow's convert("RGB") gives it: grey and palettes are spread, alpha is
+/// dropped, of 16-bit colours the upper 8 bits are kept, and 16-bit grey is clipped at 255.
+/// throws InputError naming the file: missing, empty, damaged, of an unknown format, or over the limits.
 Image load_image(std::string_view path, const ImageLimits& limits = {});
 /// The same from memory; `name` stands for the file in messages.
 Image decode_image(std::span<const std::byte> bytes, std::string_view name = "image", const ImageLimits& limits = {});

@@ -62,6 +62,9 @@ class TokenStream {
   std::string push(std::int32_t id);
   /// The rest, at the end of the text. The stream then starts anew.
   std::string finish();
+
+ private:
+  std::string flush();
 };
 
 }  // namespace m2lm

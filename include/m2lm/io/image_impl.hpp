@@ -1,0 +1,329 @@
+// Definitions of io/image.hpp.
+// Floor: io. May include: core, interop.
+#pragma once
+
+#include <m2lm/interop/stb.hpp>
+#include <m2lm/io/file_impl.hpp>
+#include <m2lm/io/image.hpp>
+
+#include <algorithm>
+#include <cmath>
+#include <limits>
+#include <memory>
+#include <string>
+
+namespace m2lm {
+
+namespace detail {
+
+inline constexpr std::int64_t max_image_pixels = std::int64_t{1} << 28;
+
+M2LM_IMPL std::string size_string(std::int64_t width, std::int64_t height) { return concat(width, " x ", height); }
+
+/// throws InputError unless `image` is not empty and its pixels fit its size.
+M2LM_IMPL void check_image(const Image& image, std::string_view who) {
+  require<InputError>(image.width > 0 && image.height > 0, who, ": the image is empty (", size_string(image.width, image.height), ")");
+  require<InputError>(image.height <= std::numeric_limits<std::int64_t>::max() / 3 / image.width &&
+                          image.pixels.size() == static_cast<std::size_t>(3 * image.width * image.height),
+                      who, ": an RGB image of ", size_string(image.width, image.height), " has 3 bytes for each pixel, found ",
+                      image.pixels.size(), " bytes");
+}
+
+M2LM_IMPL Image blank_image(std::int64_t width, std::int64_t height, std::string_view who) {
+  require<InputError>(width > 0 && height > 0 && height <= max_image_pixels / width, who, ": a size of ", size_string(width, height),
+                      " is not between 1 and 2^28 pixels");
+  Image out;
+  out.width = width;
+  out.height = height;
+  out.pixels.resize(static_cast<std::size_t>(3 * width * height));
+  return out;
+}
+
+/// What the first bytes of a file say it is.
+M2LM_IMPL std::string_view image_format(std::span<const std::byte> bytes) {
+  const std::string_view text(reinterpret_cast<const char*>(bytes.data()), bytes.size());
+  if (text.starts_with("\x89PNG\r\n\x1a\n")) return "PNG";
+  if (text.starts_with("\xff\xd8")) return "JPEG";
+  if (text.starts_with("GIF87a") || text.starts_with("GIF89a")) return "GIF";
+  if (text.starts_with("BM")) return "BMP";
+  if (text.starts_with("P5") || text.starts_with("P6")) return "PNM";
+  if (text.starts_with("RIFF") && text.size() >= 12 && text.substr(8, 4) == "WEBP") return "WebP";
+  if (text.size() >= 12 && text.substr(4, 4) == "ftyp") return "AVIF, HEIC or a video";
+  if (text.starts_with(std::string_view("II*\0", 4)) || text.starts_with(std::string_view("MM\0*", 4))) return "TIFF";
+  return "";
+}
+
+}  // namespace detail
+
+M2LM_IMPL Image decode_image(std::span<const std::byte> bytes, std::string_view name, const ImageLimits& limits) {
+  require<InputError>(!bytes.empty(), name, ": the image is empty (0 bytes)");
+  require<InputError>(bytes.size() <= limits.max_file_bytes && bytes.size() <= static_cast<std::size_t>(INT_MAX), name, ": the image has ",
+                      bytes.size(), " bytes, more than is read");
+  const std::string_view format = detail::image_format(bytes);
+  require<InputError>(!format.empty(), name, ": is not an image in a known format; JPEG, PNG, BMP, GIF and binary PNM are read");
+  const auto* data = reinterpret_cast<const unsigned char*>(bytes.data());
+  const int size = static_cast<int>(bytes.size());
+  const auto reason = [] {
+    const char* text = detail::stb::stbi_failure_reason();
+    return text ? std::string(text) : std::string("unknown reason");
+  };
+  int width = 0, height = 0, channels = 0;
+  if (!detail::stb::stbi_info_from_memory(data, size, &width, &height, &channels)) {
+    if (reason() == "unknown image type")
+      throw InputError(concat(name, ": the image format ", format, " is not supported; JPEG, PNG, BMP, GIF and binary PNM are"));
+    throw InputError(concat(name, ": the ", format, " image cannot be read: ", reason(), "; the file is damaged or truncated"));
+  }
+  require<InputError>(width > 0 && height > 0, name, ": the image is empty (", detail::size_string(width, height), ")");
+  require<InputError>(width <= limits.max_width && height <= limits.max_height && height <= limits.max_pixels / width, name,
+                      ": the image has ", detail::size_string(width, height), " pixels, more than the limits of ",
+                      detail::size_string(limits.max_width, limits.max_height), " and ", limits.max_pixels, " in all");
+  // Pillow does not scale 16-bit grey (its mode I;16) but clips it at 255; stb's upper byte would be another picture.
+  const bool clipped = channels == 1 && detail::stb::stbi_is_16_bit_from_memory(data, size) != 0;
+  const auto release = [](void* p) { detail::stb::stbi_image_free(p); };
+  const std::unique_ptr<void, void (*)(void*)> decoded(
+      clipped ? static_cast<void*>(detail::stb::stbi_load_16_from_memory(data, size, &width, &height, &channels, 1))
+              : detail::stb::stbi_load_from_memory(data, size, &width, &height, &channels, 3),
+      release);
+  if (!decoded) throw InputError(concat(name, ": the ", format, " image cannot be read: ", reason(), "; the file is damaged or truncated"));
+  Image out;
+  out.width = width;
+  out.height = height;
+  const std::size_t area = static_cast<std::size_t>(width) * static_cast<std::size_t>(height);
+  if (clipped) {
+    const auto* grey = static_cast<const std::uint16_t*>(decoded.get());
+    out.pixels.resize(3 * area);
+    for (std::size_t i = 0; i < 3 * area; ++i) out.pixels[i] = static_cast<std::uint8_t>(std::min<int>(grey[i / 3], 255));
+  } else {
+    const auto* rgb = static_cast<const std::uint8_t*>(decoded.get());
+    out.pixels.assign(rgb, rgb + 3 * area);
+  }
+  return out;
+}
+
+M2LM_IMPL Image load_image(std::string_view path, const ImageLimits& limits) {
+  const std::string bytes = read_file(path, limits.max_file_bytes);
+  return decode_image(std::as_bytes(std::span(bytes.data(), bytes.size())), path, limits);
+}
+
+M2LM_IMPL void save_png(std::string_view path, const Image& image) {
+  detail::check_image(image, path);
+  require<InputError>(image.pixels.size() < static_cast<std::size_t>(INT_MAX) / 2, path, ": an image of ",
+                      detail::size_string(image.width, image.height), " is too large for the PNG writer");
+  int size = 0;
+  const std::unique_ptr<unsigned char, void (*)(void*)> png(
+      detail::stb::stbi_write_png_to_mem(image.pixels.data(), static_cast<int>(3 * image.width), static_cast<int>(image.width),
+                                         static_cast<int>(image.height), 3, &size),
+      [](void* p) { std::free(p); });
+  require<CapacityError>(png != nullptr, path, ": not enough memory to write the image");
+  write_file(path, std::as_bytes(std::span(png.get(), static_cast<std::size_t>(size))));
+}
+
+namespace detail {
+
+/// Half the width of a filter, in source pixels when the size does not change.
+M2LM_IMPL double filter_support(Resample filter) {
+  switch (filter) {
+    case Resample::nearest: return 0.0;
+    case Resample::box: return 0.5;
+    case Resample::bilinear: return 1.0;
+    case Resample::bicubic: return 2.0;
+    case Resample::lanczos: return 3.0;
+  }
+  return 0.0;
+}
+
+M2LM_IMPL double filter_value(Resample filter, double x) {
+  const auto sinc = [](double t) { return t == 0.0 ? 1.0 : std::sin(t * 3.14159265358979323846) / (t * 3.14159265358979323846); };
+  const double a = std::abs(x);
+  switch (filter) {
+    case Resample::nearest: break;
+    case Resample::box: return x > -0.5 && x <= 0.5 ? 1.0 : 0.0;
+    case Resample::bilinear: return a < 1.0 ? 1.0 - a : 0.0;
+    case Resample::bicubic:  // Keys, a = -1/2
+      if (a < 1.0) return (1.5 * a - 2.5) * a * a + 1.0;
+      return a < 2.0 ? (((a - 5.0) * a + 8.0) * a - 4.0) * -0.5 : 0.0;
+    case Resample::lanczos: return x >= -3.0 && x < 3.0 ? sinc(x) * sinc(x / 3.0) : 0.0;
+  }
+  return 0.0;
+}
+
+/// For each of `count` output positions from `begin` on: the source range and its weights in 22-bit fixed point.
+struct ResampleTaps {
+  std::vector<std::int64_t> first, taps;
+  std::vector<std::int32_t> weights;  // [count, stride]
+  std::int64_t stride = 0;
+};
+
+inline constexpr int resample_bits = 22;  // 8 bits of a pixel and 2 for overshoot leave 22 of 32
+
+M2LM_IMPL ResampleTaps resample_taps(std::int64_t in_size, std::int64_t out_size, std::int64_t begin, std::int64_t count, Resample filter) {
+  const double scale = static_cast<double>(in_size) / static_cast<double>(out_size);
+  double widening = std::max(scale, 1.0);  // antialiasing: shrinking widens the filter
+  if (M2LM_FAULT(1)) widening = 1.0;
+  const double support = filter_support(filter) * widening;
+  ResampleTaps out;
+  out.stride = std::min(static_cast<std::int64_t>(std::ceil(support)) * 2 + 1, in_size);
+  out.first.resize(static_cast<std::size_t>(count));
+  out.taps.resize(static_cast<std::size_t>(count));
+  out.weights.resize(static_cast<std::size_t>(count * out.stride));
+  std::vector<double> weight(static_cast<std::size_t>(out.stride));
+  for (std::int64_t i = 0; i < count; ++i) {
+    const double center = (static_cast<double>(begin + i) + 0.5) * scale;
+    const std::int64_t first = std::max<std::int64_t>(static_cast<std::int64_t>(center - support + 0.5), 0);
+    const std::int64_t end = std::min(static_cast<std::int64_t>(center + support + 0.5), in_size);
+    const std::int64_t taps = std::clamp<std::int64_t>(end - first, 0, out.stride);
+    double sum = 0.0;
+    for (std::int64_t k = 0; k < taps; ++k) {
+      const double w = filter_value(filter, (static_cast<double>(k + first) - center + 0.5) * (1.0 / widening));
+      weight[static_cast<std::size_t>(k)] = w;
+      sum += w;
+    }
+    out.first[static_cast<std::size_t>(i)] = first;
+    out.taps[static_cast<std::size_t>(i)] = taps;
+    for (std::int64_t k = 0; k < taps; ++k) {
+      double w = weight[static_cast<std::size_t>(k)];
+      if (sum != 0.0) w /= sum;
+      w *= 1 << resample_bits;
+      out.weights[static_cast<std::size_t>(i * out.stride + k)] = static_cast<std::int32_t>(w < 0.0 ? w - 0.5 : w + 0.5);
+    }
+  }
+  return out;
+}
+
+/// Source positions of nearest-neighbour sampling.
+M2LM_IMPL std::vector<std::int64_t> nearest_positions(std::int64_t in_size, std::int64_t out_size, std::int64_t begin, std::int64_t count) {
+  const double scale = static_cast<double>(in_size) / static_cast<double>(out_size);
+  std::vector<std::int64_t> out;
+  double position = scale * 0.5;
+  for (std::int64_t i = 0; i < begin + count; ++i, position += scale)  // summed, not multiplied, as Pillow does
+    if (i >= begin) out.push_back(std::min(static_cast<std::int64_t>(position), in_size - 1));
+  return out;
+}
+
+M2LM_IMPL std::uint8_t fixed_to_byte(std::int32_t sum) {
+  return static_cast<std::uint8_t>(std::clamp(sum >> resample_bits, 0, 255));
+}
+
+/// Columns [x, x + columns) and rows [y, y + rows) of the image resized to width x height; nothing outside is computed.
+M2LM_IMPL Image resize_part(const Image& image, std::int64_t width, std::int64_t height, std::int64_t x, std::int64_t y,
+                            std::int64_t columns, std::int64_t rows, Resample filter) {
+  Image out = blank_image(columns, rows, "m2lm::resize");
+  if (filter == Resample::nearest) {
+    const auto xs = nearest_positions(image.width, width, x, columns), ys = nearest_positions(image.height, height, y, rows);
+    std::uint8_t* target = out.pixels.data();
+    for (const std::int64_t sy : ys)
+      for (const std::int64_t sx : xs) target = std::copy_n(image.pixels.data() + 3 * (sy * image.width + sx), 3, target);
+    return out;
+  }
+  const std::int32_t half = M2LM_FAULT(6) ? 0 : 1 << (resample_bits - 1);
+
+  // Rows of the source that the vertical pass reads.
+  const bool vertical = height != image.height, horizontal = width != image.width;
+  ResampleTaps down;
+  std::int64_t first_row = y, end_row = y + rows;
+  if (vertical) {
+    down = resample_taps(image.height, height, y, rows, filter);
+    first_row = *std::min_element(down.first.begin(), down.first.end());
+    for (std::size_t i = 0; i < down.first.size(); ++i) end_row = std::max(i ? end_row : 0, down.first[i] + down.taps[i]);
+  }
+  const std::int64_t source_rows = end_row - first_row;
+  require<InputError>(source_rows <= max_image_pixels / columns, "m2lm::resize: from ", size_string(image.width, image.height), " to ",
+                      size_string(width, height), " goes through more than 2^28 pixels");
+
+  // Horizontal pass: [source_rows, columns].
+  std::vector<std::uint8_t> middle(static_cast<std::size_t>(3 * source_rows * columns));
+  if (horizontal) {
+    const ResampleTaps across = resample_taps(image.width, width, x, columns, filter);
+    for (std::int64_t r = 0; r < source_rows; ++r) {
+      const std::uint8_t* source = image.pixels.data() + 3 * (first_row + r) * image.width;
+      std::uint8_t* target = middle.data() + 3 * r * columns;
+      for (std::size_t c = 0; c < across.first.size(); ++c, target += 3) {
+        const std::uint8_t* p = source + 3 * across.first[c];
+        const std::int32_t* w = across.weights.data() + static_cast<std::int64_t>(c) * across.stride;
+        std::int32_t red = half, green = half, blue = half;
+        for (std::int64_t k = 0; k < across.taps[c]; ++k, p += 3) {
+          red += w[k] * p[0];
+          green += w[k] * p[1];
+          blue += w[k] * p[2];
+        }
+        target[0] = fixed_to_byte(red);
+        target[1] = fixed_to_byte(green);
+        target[2] = fixed_to_byte(blue);
+      }
+    }
+  } else {
+    for (std::int64_t r = 0; r < source_rows; ++r)
+      std::copy_n(image.pixels.data() + 3 * ((first_row + r) * image.width + x), 3 * columns, middle.data() + 3 * r * columns);
+  }
+  if (!vertical) {
+    out.pixels = std::move(middle);
+    return out;
+  }
+
+  // Vertical pass, a row of sums at a time so that memory is read in order.
+  std::vector<std::int32_t> sums(static_cast<std::size_t>(3 * columns));
+  for (std::size_t r = 0; r < down.first.size(); ++r) {
+    std::fill(sums.begin(), sums.end(), half);
+    for (std::int64_t k = 0; k < down.taps[r]; ++k) {
+      const std::int32_t w = down.weights[static_cast<std::size_t>(static_cast<std::int64_t>(r) * down.stride + k)];
+      const std::uint8_t* source = middle.data() + 3 * (down.first[r] + k - first_row) * columns;
+      for (std::size_t i = 0; i < sums.size(); ++i) sums[i] += w * source[i];
+    }
+    std::uint8_t* target = out.pixels.data() + 3 * static_cast<std::int64_t>(r) * columns;
+    for (std::size_t i = 0; i < sums.size(); ++i) target[i] = fixed_to_byte(sums[i]);
+  }
+  return out;
+}
+
+/// Where the source of a centred window of `size` begins; negative when the source is smaller.
+M2LM_IMPL std::int64_t crop_begin(std::int64_t source, std::int64_t size) {
+  const std::int64_t difference = source - size + (M2LM_FAULT(3) ? 2 : 0);
+  return difference >= 0 ? difference / 2 : -((1 - difference) / 2);  // rounded down
+}
+
+/// Copies `part` to (x, y) of `out`. requires that it fits.
+M2LM_IMPL void paste(Image& out, const Image& part, std::int64_t x, std::int64_t y) {
+  for (std::int64_t r = 0; r < part.height; ++r)
+    std::copy_n(part.pixels.data() + 3 * r * part.width, 3 * part.width, out.pixels.data() + 3 * ((y + r) * out.width + x));
+}
+
+/// center_crop(resize(image, width, height), crop_width, crop_height), without computing what is cut off.
+M2LM_IMPL Image resize_and_crop(const Image& image, std::int64_t width, std::int64_t height, std::int64_t crop_width,
+                                std::int64_t crop_height, Resample filter) {
+  const std::int64_t x = crop_begin(width, crop_width), y = crop_begin(height, crop_height);
+  const std::int64_t left = std::max<std::int64_t>(x, 0), top = std::max<std::int64_t>(y, 0);
+  const std::int64_t right = std::min(x + crop_width, width), bottom = std::min(y + crop_height, height);
+  Image part = resize_part(image, width, height, left, top, right - left, bottom - top, filter);
+  if (part.width == crop_width && part.height == crop_height) return part;
+  Image out = blank_image(crop_width, crop_height, "m2lm::center_crop");
+  paste(out, part, left - x, top - y);
+  return out;
+}
+
+}  // namespace detail
+
+M2LM_IMPL Image resize(const Image& image, std::int64_t width, std::int64_t height, Resample filter) {
+  detail::check_image(image, "m2lm::resize");
+  require<InputError>(width > 0 && height > 0, "m2lm::resize: to a size of ", detail::size_string(width, height));
+  if (width == image.width && height == image.height) return image;
+  return detail::resize_part(image, width, height, 0, 0, width, height, filter);
+}
+
+M2LM_IMPL Image center_crop(const Image& image, std::int64_t width, std::int64_t height) {
+  detail::check_image(image, "m2lm::center_crop");
+  require<InputError>(width > 0 && height > 0, "m2lm::center_crop: to a size of ", detail::size_string(width, height));
+  return detail::resize_and_crop(image, image.width, image.height, width, height, Resample::bicubic);
+}
+
+M2LM_IMPL Image pad_to_square(const Image& image, std::array<std::uint8_t, 3> fill) {
+  detail::check_image(image, "m2lm::pad_to_square");
+  const std::int64_t side = std::max(image.width, image.height);
+  if (image.width == image.height) return image;
+  Image out = detail::blank_image(side, side, "m2lm::pad_to_square");
+  for (std::size_t i = 0; i < out.pixels.size(); ++i) out.pixels[i] = fill[i % 3];
+  const std::int64_t x = M2LM_FAULT(7) ? 0 : (side - image.width) / 2, y = M2LM_FAULT(7) ? 0 : (side - image.height) / 2;
+  detail::paste(out, image, x, y);
+  return out;
+}
+
+}  // namespace m2lm

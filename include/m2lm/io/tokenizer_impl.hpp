@@ -1,0 +1,473 @@
+// Definitions of io/tokenizer.hpp.
+// Floor: io. May include: core, interop.
+#pragma once
+
+#include <m2lm/interop/sentencepiece.hpp>
+#include <m2lm/io/config_impl.hpp>
+#include <m2lm/io/file_impl.hpp>
+#include <m2lm/core/utf8.hpp>
+#include <m2lm/io/tokenizer.hpp>
+
+#include <algorithm>
+#include <array>
+#include <map>
+#include <unordered_map>
+
+namespace m2lm {
+
+namespace detail {
+
+/// The mark that sentencepiece writes for a space: U+2581.
+inline constexpr std::string_view space_mark = "\xe2\x96\x81";
+
+/// Where text gets a space in front before it is cut into pieces.
+enum class PrefixRule : std::uint8_t {
+  never,
+  every_stretch,       ///< every stretch of text between added tokens
+  stretch_unless_led,  ///< the same, unless it begins with a space already
+  first_unless_led,    ///< the beginning of the whole text only, unless it begins with a space already
+};
+
+struct AddedToken {
+  std::string content;
+  std::int32_t id = -1;
+  bool special = false, lstrip = false, rstrip = false, single_word = false;
+};
+
+struct TokenText {
+  std::string text;   // as written in the vocabulary
+  std::string plain;  // with spaces for space marks: what decoding appends
+  int byte = -1;      // the value of a byte piece
+  bool special = false;
+};
+
+/// True when the bytes are well-formed UTF-8: no overlong forms, no surrogates, nothing over U+10FFFF.
+M2LM_IMPL bool is_utf8(std::string_view s) {
+  for (std::size_t i = 0; i < s.size();) {
+    const auto byte = [&](std::size_t k) { return static_cast<unsigned>(static_cast<unsigned char>(s[k])); };
+    const unsigned lead = byte(i);
+    const std::size_t length = lead < 0x80 ? 1 : lead >= 0xc2 && lead < 0xe0 ? 2 : (lead & 0xf0U) == 0xe0 ? 3 : lead >= 0xf0 && lead < 0xf5 ? 4 : 0;
+    if (length == 0 || length > s.size() - i) return false;
+    for (std::size_t k = 1; k < length; ++k)
+      if ((byte(i + k) & 0xc0U) != 0x80) return false;
+    if (length > 2) {
+      const unsigned second = byte(i + 1);
+      if ((lead == 0xe0 && second < 0xa0) || (lead == 0xed && second >= 0xa0) || (lead == 0xf0 && second < 0x90) ||
+          (lead == 0xf4 && second >= 0x90))
+        return false;
+    }
+    i += length;
+  }
+  return true;
+}
+
+M2LM_IMPL bool is_ascii_space(char c) { return c == ' ' || (c >= '\t' && c <= '\r'); }
+M2LM_IMPL bool is_word_byte(char c) {
+  return c == '_' || (c >= '0' && c <= '9') || (c >= 'a' && c <= 'z') || (c >= 'A' && c <= 'Z') || static_cast<unsigned char>(c) >= 0x80;
+}
+
+/// Replaces every occurrence of `from`.
+M2LM_IMPL std::string replace_all(std::string_view text, std::string_view from, std::string_view to) {
+  std::string out;
+  out.reserve(text.size());
+  for (;;) {
+    const std::size_t at = text.find(from);
+    out += text.substr(0, at);
+    if (at == std::string_view::npos) return out;
+    out += to;
+    text.remove_prefix(at + from.size());
+  }
+}
+
+}  // namespace detail
+
+struct Tokenizer::State {
+  sentencepiece::SentencePieceProcessor processor;
+  std::string model_path;
+  std::vector<detail::TokenText> tokens;  // by id
+  std::unordered_map<std::string, std::int32_t> ids;
+  std::array<std::vector<detail::AddedToken>, 256> added;  // by first byte, longest first
+  detail::PrefixRule prefix = detail::PrefixRule::every_stretch;
+  bool model_adds_prefix = true;  // with every_stretch and no tokenizer.json, sentencepiece itself does it
+  bool strip_first_space = true, adds_bos = true;
+  std::optional<std::int32_t> bos, eos, pad, unk;
+
+  void encode_stretch(std::string_view text, bool at_start, std::vector<std::int32_t>& out) const {
+    if (text.empty()) return;
+    const bool led = text.front() == ' ' || text.starts_with(detail::space_mark);
+    bool prefix_wanted = false;
+    switch (prefix) {
+      case detail::PrefixRule::never: break;
+      case detail::PrefixRule::every_stretch: prefix_wanted = !model_adds_prefix; break;
+      case detail::PrefixRule::stretch_unless_led: prefix_wanted = !led; break;
+      case detail::PrefixRule::first_unless_led: prefix_wanted = !led && (at_start || M2LM_FAULT(5)); break;
+    }
+    if (M2LM_FAULT(5) && prefix == detail::PrefixRule::every_stretch && !model_adds_prefix) prefix_wanted = at_start;
+    std::string marked;
+    if (prefix_wanted) {
+      marked.reserve(text.size() + detail::space_mark.size());
+      marked += detail::space_mark;
+      marked += text;
+      text = marked;
+    }
+    std::vector<int> pieces;
+    const auto status = processor.Encode(text, &pieces);
+    if (!status.ok()) throw InputError(concat(model_path, ": sentencepiece cannot encode the text: ", status.ToString()));
+    out.insert(out.end(), pieces.begin(), pieces.end());
+  }
+
+  /// The longest added token that stands at text[at], or nullptr.
+  const detail::AddedToken* added_at(std::string_view text, std::size_t at) const {
+    for (const detail::AddedToken& token : added[static_cast<unsigned char>(text[at])]) {
+      if (!text.substr(at).starts_with(token.content)) continue;
+      const std::size_t end = at + token.content.size();
+      if (token.single_word && ((at > 0 && detail::is_word_byte(text[at - 1])) || (end < text.size() && detail::is_word_byte(text[end]))))
+        continue;
+      return &token;
+    }
+    return nullptr;
+  }
+
+  const detail::TokenText& token(std::int32_t id) const {
+    require<InputError>(id >= 0 && id < static_cast<std::int64_t>(tokens.size()), model_path, ": token id ", id,
+                        " is outside the vocabulary of ", tokens.size(), " tokens");
+    const detail::TokenText& found = tokens[static_cast<std::size_t>(id)];
+    require<InputError>(!found.text.empty(), model_path, ": token id ", id, " has no text; the vocabulary of ", tokens.size(),
+                        " tokens leaves it out");
+    return found;
+  }
+};
+
+namespace detail {
+
+/// What tokenizer.json, the other files and the model say, gathered before the ids are laid out.
+struct TokenizerFiles {
+  std::map<std::int32_t, std::pair<AddedToken, std::string>> added;  // by id, with the file that said so
+  std::map<std::string, std::string> named;                          // "bos_token" -> content
+  std::vector<std::string> extra_special;
+  std::optional<PrefixRule> json_rule;
+  bool json_strips = true, json_keeps_charsmap = false;
+  bool legacy = true, add_prefix_space = true, adds_bos = true;
+};
+
+inline constexpr std::int32_t max_token_id = 1 << 24;
+
+M2LM_IMPL void add_token(TokenizerFiles& files, AddedToken token, const std::string& file) {
+  if (token.content.empty()) throw CheckpointError(concat(file, ": an added token with id ", token.id, " has no text"));
+  if (token.id < 0 || token.id > max_token_id)
+    throw CheckpointError(concat(file, ": added token \"", token.content, "\" has id ", token.id, "; ids lie between 0 and ", max_token_id));
+  for (const auto& [id, known] : files.added)
+    if (id != token.id && known.first.content == token.content)
+      throw CheckpointError(concat(file, ": added token \"", token.content, "\" has id ", token.id, ", in ", known.second, " it has id ", id));
+  const auto [known, inserted] = files.added.try_emplace(token.id, token, file);
+  if (!inserted && known->second.first.content != token.content)
+    throw CheckpointError(concat(file, ": id ", token.id, " is \"", token.content, "\", in ", known->second.second, " it is \"",
+                                 known->second.first.content, "\""));
+}
+
+/// A special token is given as "<s>", {"content": "<s>", …} or null.
+M2LM_IMPL std::optional<std::string> special_content(const ConfigValue& value) {
+  if (value.is_null()) return std::nullopt;
+  std::string content = value.is_object() ? value.get<std::string>("content") : value.as<std::string>();
+  if (content.empty()) return std::nullopt;
+  return content;
+}
+
+M2LM_IMPL void read_special_names(TokenizerFiles& files, const ConfigValue& config) {
+  for (const char* name : {"bos_token", "eos_token", "unk_token", "sep_token", "pad_token", "cls_token", "mask_token"})
+    if (config.contains(name))
+      if (const auto content = special_content(config[name])) files.named.try_emplace(name, *content);
+  for (const char* name : {"additional_special_tokens", "extra_special_tokens"}) {
+    if (!config.has_value(name)) continue;
+    const ConfigValue list = config[name];
+    if (list.is_array()) {
+      for (std::size_t i = 0; i < list.size(); ++i)
+        if (const auto content = special_content(list.at(i))) files.extra_special.push_back(*content);
+    } else {
+      for (const std::string& key : list.keys())
+        if (const auto content = special_content(list[key])) files.extra_special.push_back(*content);
+    }
+  }
+}
+
+/// The "type" of each step of a normalizer, pre-tokenizer or decoder, with its own object.
+M2LM_IMPL std::vector<std::pair<std::string, ConfigValue>> pipeline(const ConfigValue& config, std::string_view key, std::string_view list) {
+  std::vector<std::pair<std::string, ConfigValue>> out;
+  if (!config.has_value(key)) return out;
+  const ConfigValue step = config[key];
+  const std::string type = step.get<std::string>("type");
+  if (type != "Sequence") return {{type, step}};
+  const ConfigValue steps = step[list];
+  for (std::size_t i = 0; i < steps.size(); ++i) out.emplace_back(steps.at(i).get<std::string>("type"), steps.at(i));
+  return out;
+}
+
+/// Reads from tokenizer.json how text is prepared. The pieces themselves come from tokenizer.model.
+M2LM_IMPL void read_tokenizer_json(TokenizerFiles& files, const ConfigValue& json) {
+  PrefixRule rule = PrefixRule::never;
+  const auto scheme = [](const ConfigValue& metaspace) {
+    const std::string name = metaspace.get_or("prepend_scheme", metaspace.get_or("add_prefix_space", true) ? "always" : "never");
+    if (name == "first") return PrefixRule::first_unless_led;
+    return name == "always" ? PrefixRule::stretch_unless_led : PrefixRule::never;
+  };
+  for (const auto& [type, step] : pipeline(json, "normalizer", "normalizers")) {
+    if (type == "Prepend") rule = PrefixRule::every_stretch;
+    if (type == "Precompiled") files.json_keeps_charsmap = true;
+  }
+  for (const auto& [type, step] : pipeline(json, "pre_tokenizer", "pretokenizers"))
+    if (type == "Metaspace") rule = scheme(step);
+  files.json_rule = rule;
+  files.json_strips = false;
+  for (const auto& [type, step] : pipeline(json, "decoder", "decoders"))
+    if (type == "Strip" || (type == "Metaspace" && scheme(step) != PrefixRule::never)) files.json_strips = true;
+  if (!json.has_value("added_tokens")) return;
+  const ConfigValue added = json["added_tokens"];
+  for (std::size_t i = 0; i < added.size(); ++i) {
+    const ConfigValue token = added.at(i);
+    add_token(files, {token.get<std::string>("content"), token.get<std::int32_t>("id"), token.get_or("special", false),
+                      token.get_or("lstrip", false), token.get_or("rstrip", false), token.get_or("single_word", false)}, json.file());
+  }
+}
+
+M2LM_IMPL TokenizerFiles read_tokenizer_files(std::string_view directory) {
+  TokenizerFiles files;
+  const std::string config_path = join_path(directory, "tokenizer_config.json"), json_path = join_path(directory, "tokenizer.json");
+  if (file_exists(config_path)) {
+    const ConfigValue config = ConfigValue::parse_file(config_path);
+    if (config.has_value("added_tokens_decoder")) {
+      const ConfigValue decoder = config["added_tokens_decoder"];
+      for (const std::string& key : decoder.keys()) {
+        std::int32_t id = -1;
+        const auto parsed = std::from_chars(key.data(), key.data() + key.size(), id);
+        if (parsed.ec != std::errc() || parsed.ptr != key.data() + key.size()) decoder[key].fail("the key must be a token id");
+        const ConfigValue token = decoder[key];
+        add_token(files, {token.get<std::string>("content"), id, token.get_or("special", false), token.get_or("lstrip", false),
+                          token.get_or("rstrip", false), token.get_or("single_word", false)}, config_path);
+      }
+    }
+    read_special_names(files, config);
+    files.legacy = config.get_or("legacy", true);
+    files.add_prefix_space = config.get_or("add_prefix_space", true);
+    files.adds_bos = config.get_or("add_bos_token", true);
+  }
+  if (file_exists(json_path)) read_tokenizer_json(files, ConfigValue::parse_file(json_path));
+  const std::string map_path = join_path(directory, "special_tokens_map.json");
+  if (file_exists(map_path)) read_special_names(files, ConfigValue::parse_file(map_path));
+  const std::string added_path = join_path(directory, "added_tokens.json");
+  if (file_exists(added_path)) {
+    const ConfigValue added = ConfigValue::parse_file(added_path);
+    for (const std::string& content : added.keys()) add_token(files, {content, added.get<std::int32_t>(content)}, added_path);
+  }
+  return files;
+}
+
+/// A serialized sentencepiece model whose normaliser settings are overridden: protocol buffers merge what is appended, and of
+/// equal scalar fields the last one counts. Field 3 of a ModelProto is its NormalizerSpec: 2 precompiled_charsmap,
+/// 3 add_dummy_prefix, 4 remove_extra_whitespaces.
+M2LM_IMPL void override_normalizer(std::string& model, bool clear_charsmap, bool keep_spaces) {
+  std::string spec("\x18\x00", 2);
+  if (clear_charsmap) spec.append("\x12\x00", 2);
+  if (keep_spaces) spec.append("\x20\x00", 2);
+  model += '\x1a';
+  model += static_cast<char>(spec.size());
+  model += spec;
+}
+
+}  // namespace detail
+
+M2LM_IMPL Tokenizer Tokenizer::from_directory(std::string_view directory) {
+  const std::string path = join_path(directory, "tokenizer.model");
+  if (!file_exists(path)) {
+    const std::string json = join_path(directory, "tokenizer.json");
+    require<CheckpointError>(!file_exists(json), json,
+                             ": reading a tokenizer.json alone (byte-level BPE among them) is not supported yet; the sentencepiece file "
+                             "tokenizer.model is needed beside it");
+    throw CheckpointError(concat(path, ": the tokenizer is missing; a checkpoint directory needs the sentencepiece file tokenizer.model"));
+  }
+  detail::TokenizerFiles files = detail::read_tokenizer_files(directory);
+  std::string model;
+  const std::string problem = detail::try_read_file(path, std::size_t{1} << 28, model);
+  require<CheckpointError>(problem.empty(), problem);
+  require<CheckpointError>(!model.empty(), path, ": the file is empty; a sentencepiece model is needed");
+
+  auto state = std::make_shared<State>();
+  state->model_path = path;
+  const auto load = [&](const std::string& bytes) {
+    const auto status = state->processor.LoadFromSerializedProto(bytes);
+    require<CheckpointError>(status.ok() && state->processor.GetPieceSize() > 0, path, ": is not a sentencepiece model, or damaged: ",
+                             status.ok() ? std::string("it has no pieces") : status.ToString());
+  };
+  load(model);
+  std::vector<std::string> probe;
+  const bool model_prefixes = state->processor.Encode("a", &probe).ok() && !probe.empty() && probe[0].starts_with(detail::space_mark);
+
+  // tokenizer.json says how its author's text was prepared; without it, `legacy` of tokenizer_config.json does.
+  if (files.json_rule) {
+    state->prefix = *files.json_rule;
+    state->strip_first_space = files.json_strips;
+    detail::override_normalizer(model, !files.json_keeps_charsmap, true);
+    state->model_adds_prefix = false;
+    load(model);
+  } else if (!files.add_prefix_space || !files.legacy) {
+    state->prefix = files.add_prefix_space ? detail::PrefixRule::first_unless_led : detail::PrefixRule::never;
+    state->strip_first_space = files.add_prefix_space;
+    detail::override_normalizer(model, false, false);
+    state->model_adds_prefix = false;
+    load(model);
+  } else {
+    state->prefix = detail::PrefixRule::every_stretch;
+    state->strip_first_space = state->model_adds_prefix = model_prefixes;
+    if (!model_prefixes) state->prefix = detail::PrefixRule::never;
+  }
+  state->adds_bos = files.adds_bos;
+
+  const auto pieces = static_cast<std::size_t>(state->processor.GetPieceSize());
+  state->tokens.resize(pieces);
+  for (std::size_t i = 0; i < pieces; ++i) {
+    const int id = static_cast<int>(i);
+    detail::TokenText& token = state->tokens[i];
+    token.text = state->processor.IdToPiece(id);
+    token.plain = detail::replace_all(token.text, detail::space_mark, " ");
+    token.special = state->processor.IsControl(id) || state->processor.IsUnknown(id);
+    if (state->processor.IsByte(id) && token.text.size() == 6)  // "<0x0A>"
+      (void)std::from_chars(token.text.data() + 3, token.text.data() + 5, token.byte, 16);
+    state->ids.emplace(token.text, static_cast<std::int32_t>(i));
+  }
+
+  // Special tokens that no file gives an id: in the vocabulary, or appended in the order of their roles, as transformers does.
+  const auto control = [&](const char* name, int id) {
+    if (id >= 0) files.named.try_emplace(name, state->processor.IdToPiece(id));
+  };
+  control("bos_token", state->processor.bos_id());
+  control("eos_token", state->processor.eos_id());
+  control("unk_token", state->processor.unk_id());
+  std::vector<std::string> special;
+  for (const char* name : {"bos_token", "eos_token", "unk_token", "sep_token", "pad_token", "cls_token", "mask_token"})
+    if (files.named.contains(name)) special.push_back(files.named[name]);
+  special.insert(special.end(), files.extra_special.begin(), files.extra_special.end());
+  for (const std::string& content : special) {
+    const auto known = std::find_if(files.added.begin(), files.added.end(), [&](const auto& entry) { return entry.second.first.content == content; });
+    if (known != files.added.end()) {
+      known->second.first.special = true;
+      continue;
+    }
+    const auto piece = state->ids.find(content);
+    std::int32_t id = static_cast<std::int32_t>(pieces);
+    if (piece != state->ids.end()) {
+      id = piece->second;
+    } else if (!files.added.empty()) {
+      id = std::max(id, files.added.rbegin()->first + 1);
+    }
+    detail::add_token(files, {content, id, true}, path);
+  }
+
+  for (const auto& [id, entry] : files.added) {
+    const detail::AddedToken& token = entry.first;
+    const auto known = state->ids.find(token.content);
+    require<CheckpointError>(known == state->ids.end() || known->second == id, entry.second, ": added token \"", token.content, "\" has id ", id,
+                             ", in tokenizer.model it has id ", known == state->ids.end() ? -1 : known->second);
+    const auto index = static_cast<std::size_t>(id);
+    if (index >= state->tokens.size()) state->tokens.resize(index + 1);
+    state->tokens[index] = {token.content, token.content, -1, token.special};
+    state->ids[token.content] = id;
+    state->added[static_cast<unsigned char>(token.content[0])].push_back(token);
+  }
+  for (auto& bucket : state->added)
+    std::stable_sort(bucket.begin(), bucket.end(), [](const auto& a, const auto& b) { return a.content.size() > b.content.size(); });
+  const auto named_id = [&](const char* name) -> std::optional<std::int32_t> {
+    const auto found = files.named.find(name);
+    if (found == files.named.end()) return std::nullopt;
+    return state->ids.at(found->second);
+  };
+  state->bos = named_id("bos_token");
+  state->eos = named_id("eos_token");
+  state->pad = named_id("pad_token");
+  state->unk = named_id("unk_token");
+  Tokenizer out;
+  out.state_ = std::move(state);
+  return out;
+}
+
+M2LM_IMPL std::vector<std::int32_t> Tokenizer::encode(std::string_view text, bool add_bos) const {
+  std::vector<std::int32_t> out;
+  if (add_bos && state_->adds_bos && state_->bos) out.push_back(*state_->bos);
+  std::size_t begin = 0;  // of the stretch that is not encoded yet
+  for (std::size_t i = 0; i < text.size();) {
+    const detail::AddedToken* token = state_->added_at(text, i);
+    if (!token) {
+      ++i;
+      continue;
+    }
+    std::size_t end = i;
+    if (token->lstrip)
+      while (end > begin && detail::is_ascii_space(text[end - 1])) --end;
+    state_->encode_stretch(text.substr(begin, end - begin), begin == 0, out);
+    out.push_back(token->id);
+    i += token->content.size();
+    if (token->rstrip)
+      while (i < text.size() && detail::is_ascii_space(text[i])) ++i;
+    begin = i;
+  }
+  state_->encode_stretch(text.substr(begin), begin == 0, out);
+  return out;
+}
+
+M2LM_IMPL std::string Tokenizer::decode(std::span<const std::int32_t> ids, bool skip_special) const {
+  TokenStream stream(*this, skip_special);
+  std::string out;
+  for (const std::int32_t id : ids) out += stream.push(id);
+  return out + stream.finish();
+}
+
+M2LM_IMPL std::optional<std::int32_t> Tokenizer::token_id(std::string_view piece) const {
+  const auto found = state_->ids.find(std::string(piece));
+  if (found == state_->ids.end()) return std::nullopt;
+  return found->second;
+}
+
+M2LM_IMPL const std::string& Tokenizer::piece(std::int32_t id) const { return state_->token(id).text; }
+M2LM_IMPL bool Tokenizer::is_special(std::int32_t id) const { return state_->token(id).special; }
+M2LM_IMPL std::optional<std::int32_t> Tokenizer::bos() const { return state_->bos; }
+M2LM_IMPL std::optional<std::int32_t> Tokenizer::eos() const { return state_->eos; }
+M2LM_IMPL std::optional<std::int32_t> Tokenizer::pad() const { return state_->pad; }
+M2LM_IMPL std::optional<std::int32_t> Tokenizer::unk() const { return state_->unk; }
+M2LM_IMPL std::int32_t Tokenizer::vocab_size() const { return static_cast<std::int32_t>(state_->tokens.size()); }
+
+// A run of byte pieces is one UTF-8 string; when it is not well formed, each of its bytes becomes U+FFFD (so it is in transformers).
+// That is known at the end of the run only, so the bytes wait for it.
+M2LM_IMPL std::string TokenStream::push(std::int32_t id) {
+  const detail::TokenText& token = tokenizer_.state_->token(id);
+  if (skip_special_ && token.special) return {};
+  if (token.byte >= 0) {
+    bytes_ += static_cast<char>(token.byte);
+    if (M2LM_FAULT(8)) return std::exchange(bytes_, {});
+    return {};
+  }
+  std::string out = flush();
+  std::string_view text = token.plain;
+  if (first_ && out.empty() && tokenizer_.state_->strip_first_space && text.starts_with(' ')) text.remove_prefix(1);
+  out += text;
+  first_ = false;
+  return out;
+}
+
+M2LM_IMPL std::string TokenStream::finish() {
+  std::string out = flush();
+  first_ = true;
+  return out;
+}
+
+M2LM_IMPL std::string TokenStream::flush() {
+  if (bytes_.empty()) return {};
+  std::string out = std::exchange(bytes_, {});
+  if (!detail::is_utf8(out)) {
+    const std::size_t n = out.size();
+    out.clear();
+    for (std::size_t i = 0; i < n; ++i) out += detail::replacement_character;
+  }
+  if (first_ && tokenizer_.state_->strip_first_space && out.starts_with(' ')) out.erase(0, 1);
+  first_ = false;
+  return out;
+}
+
+}  // namespace m2lm
