@@ -5,7 +5,8 @@
 - Every header opens with what it is, then `// Floor: NAME. May include: …` with the floor of its directory.
 - A third-party library is included by its owner in interop/ alone; the owners of readers are reached from definitions
   (*_impl.hpp) and other owners only, so that declarations stay light.
-- Definitions (*_impl.hpp) are reached from impl.hpp, core.hpp, m2lm.hpp and other definitions only.
+- Definitions (*_impl.hpp) are reached from the headers above all floors and from other definitions only.
+- core.hpp reaches no reader; m2lm.hpp reaches every declaration, impl.hpp every definition.
 - A .hpp never includes a .cuh; no header is part of a cycle; every included m2lm header exists.
 - Compilers are told apart in config.hpp only.
 
@@ -36,7 +37,13 @@ FLOORS = {
     "testing": ["models", "train"],
 }
 CONFIG_HEADERS = {"version.hpp", "config.hpp", "fwd.hpp"}
-UMBRELLAS = {"core.hpp", "impl.hpp", "m2lm.hpp"}
+# The headers that stand above all floors, and the floors that each may include.
+UMBRELLAS = {
+    "core.hpp": {"layers", "backends"},
+    "core_impl.hpp": {"layers", "backends"},
+    "m2lm.hpp": set(FLOORS),
+    "impl.hpp": set(FLOORS),
+}
 
 # first part of a third-party include -> the stem of its owner in interop/
 THIRD_PARTY = {
@@ -133,19 +140,21 @@ def check_own(include, tree, below):
     if target_floor == "interop" and owner in READERS and not (is_definition(source) or source_floor in {None, "interop"}):
         yield f"a declaration includes the reader <m2lm/{target}>"
     if source_floor is None:
-        return
-    if target_floor is None:
+        allowed = set().union(*(below[floor] for floor in UMBRELLAS[source]))
+        if target_floor is not None and target_floor not in allowed:
+            yield f"{source} may not include floor {target_floor} (<m2lm/{target}>)"
+    elif target_floor is None:
         yield f"<m2lm/{target}> stands above every floor"
     elif source_floor in below and target_floor in below and target_floor not in below[source_floor]:
         yield f"floor {source_floor} may not include floor {target_floor} (<m2lm/{target}>)"
 
 
 def check_header(name, text):
-    floor = floor_of(name)
-    if floor is not None and floor.startswith("?"):
+    floor = floor_of(name) or "m2lm"
+    if floor.startswith("?"):
         yield f"{name}: no floor has the directory {floor[1:]}"
-    opening = text.splitlines()[:4]
-    if floor is not None and not name.endswith(".inc.hpp") and not any(re.match(rf"// Floor: {floor}\b.*May include: .+", line) for line in opening):
+    opening = "\n".join(text.splitlines()[:5])
+    if not name.endswith(".inc.hpp") and not re.search(rf"^// Floor: {floor}\b.*May include: .+", opening, re.MULTILINE):
         yield f"{name}: does not open with `// Floor: {floor}. May include: …`"
     if name != "config.hpp":
         for number, line in enumerate(text.splitlines(), 1):
@@ -173,6 +182,31 @@ def cycles(edges):
             yield from visit(name)
 
 
+def reached(edges, start):
+    found, open_ends = {start}, [start]
+    while open_ends:
+        for target in edges.get(open_ends.pop(), []):
+            if target not in found:
+                found.add(target)
+                open_ends.append(target)
+    return found
+
+
+def check_reach(tree, edges):
+    """What the headers above all floors must reach, and what they must not."""
+    for reader in sorted(READERS):
+        if f"interop/{reader}.hpp" in reached(edges, "core.hpp"):
+            yield f"core.hpp reaches the reader interop/{reader}.hpp"
+    everything, definitions = reached(edges, "m2lm.hpp"), reached(edges, "impl.hpp")
+    for name in tree:
+        if floor_of(name) in {"interop", "testing", None} or name.endswith((".inc.hpp", ".cuh")) or name == "fwd.hpp":
+            continue
+        if name.endswith("_impl.hpp") and name not in definitions:
+            yield f"{name} is not reached from impl.hpp"
+        if not name.endswith("_impl.hpp") and name not in everything:
+            yield f"{name} is not reached from m2lm.hpp"
+
+
 def check(root):
     """All that is wrong with the headers under `root` (an include/m2lm), as lines of text."""
     tree, below, edges = read_tree(root), reachable_floors(), {}
@@ -189,6 +223,7 @@ def check(root):
                     edges.setdefault(name, []).append(include.target.removeprefix("m2lm/"))
             else:
                 problems += [f"{where}: {problem}" for problem in check_third_party(include)]
+    problems += check_reach(tree, edges)
     problems += ["cycle: " + " -> ".join(cycle) for cycle in cycles(edges)]
     return problems
 

@@ -25,8 +25,10 @@ GOOD = {
     "io/config.hpp": ("io", "#include <m2lm/core/view.hpp>\n"),
     "io/config_impl.hpp": ("io", "#include <m2lm/io/config.hpp>\n#include <m2lm/interop/json.hpp>\n#include <sys/mman.h>\n"),
     "models/model.hpp": ("models", "#include <m2lm/parts/decoders/llama.hpp>\n#include <m2lm/io/config.hpp>\n"),
-    "impl.hpp": (None, "#include <m2lm/io/config_impl.hpp>\n#include <m2lm/backends/cpu/cpu_impl.hpp>\n"),
-    "m2lm.hpp": (None, "#include <m2lm/models/model.hpp>\n#include <m2lm/impl.hpp>\n"),
+    "core_impl.hpp": ("m2lm", "#include <m2lm/backends/cpu/cpu_impl.hpp>\n"),
+    "core.hpp": ("m2lm", "#include <m2lm/backends/cpu/cpu.hpp>\n#include <m2lm/core_impl.hpp>\n"),
+    "impl.hpp": ("m2lm", "#include <m2lm/core_impl.hpp>\n#include <m2lm/io/config_impl.hpp>\n"),
+    "m2lm.hpp": ("m2lm", "#include <m2lm/core.hpp>\n#include <m2lm/models/model.hpp>\n#include <m2lm/impl.hpp>\n"),
 }
 
 # header, lines to add, what the report must say
@@ -51,6 +53,10 @@ FAULTS = [
      "cycle: layers/linear.hpp -> layers/norm.hpp -> layers/linear.hpp"),
     ("core/view.hpp", "#if defined(__GNUC__)\n#endif", "tells compilers apart"),
     ("extras/thing.hpp", "", "no floor has the directory extras"),
+    ("core.hpp", "#include <m2lm/models/model.hpp>", "core.hpp may not include floor models"),
+    ("backends/cpu/cpu_impl.hpp", "#include <m2lm/interop/json.hpp>", "core.hpp reaches the reader interop/json.hpp"),
+    ("sampling/greedy.hpp", "", "sampling/greedy.hpp is not reached from m2lm.hpp"),
+    ("io/audio_impl.hpp", "", "io/audio_impl.hpp is not reached from impl.hpp"),
     ("core/view.hpp", None, "does not open with `// Floor: core"),
 ]
 
