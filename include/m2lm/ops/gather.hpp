@@ -23,12 +23,11 @@ void gather_rows(Context<B>& ctx, const AnyTensor& table, std::span<const std::i
 }
 
 /// Cuts pixels [channels, height, width] into patches: y[row·columns + column] = the patch, channel-major (as the weight of a
-/// convolution with kernel = stride = patch is laid out). requires height and width multiples of patch,
-/// y [height/patch · width/patch, channels·patch·patch].
+/// convolution with kernel = stride = patch is laid out). As with the convolution, rows and columns that do not fill a patch are
+/// left out. requires y [⌊height/patch⌋·⌊width/patch⌋, channels·patch·patch].
 template <class B>
 void patchify(Context<B>& ctx, View<const ScalarOf<B>, 3> pixels, std::int64_t patch, Matrix<ScalarOf<B>> y) {
-  require(patch > 0 && pixels.extent(1) % patch == 0 && pixels.extent(2) % patch == 0, "m2lm::ops::patchify: pixels ", pixels.shape().string(),
-          " are not a whole number of patches of ", patch);
+  require(patch > 0, "m2lm::ops::patchify: patch = ", patch);
   const std::int64_t rows = pixels.extent(1) / patch, columns = pixels.extent(2) / patch;
   require(y.extent(0) == rows * columns && y.extent(1) == pixels.extent(0) * patch * patch, "m2lm::ops::patchify: y is ", y.shape().string());
   Impl<Patchify, B>::run(ctx, pixels, patch, y);

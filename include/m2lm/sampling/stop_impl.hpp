@@ -2,6 +2,7 @@
 // Floor: sampling. May include: config, core, ops.
 #pragma once
 
+#include <m2lm/core/utf8.hpp>
 #include <m2lm/sampling/stop.hpp>
 
 #include <algorithm>
@@ -11,7 +12,6 @@ namespace m2lm {
 
 namespace detail {
 
-inline constexpr std::string_view replacement_character = "\xEF\xBF\xBD";  // U+FFFD
 /// Pieces of usual size then never make a buffer grow.
 inline constexpr std::size_t stream_reserve = 512;
 

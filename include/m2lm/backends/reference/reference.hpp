@@ -101,7 +101,7 @@ template <class T>
 struct Impl<LayerNorm, Reference<T>> {
   static void run(Context<Reference<T>>&, Matrix<const T> x, Vector<const T> weight, Vector<const T> bias, double eps, Matrix<T> y) {
     using std::sqrt;
-    const T n(static_cast<double>(x.extent(1)));
+    const T n = T(static_cast<double>(x.extent(1)));
     for (std::int64_t i = 0; i < x.extent(0); ++i) {
       T mean(0), variance(0);
       for (std::int64_t j = 0; j < x.extent(1); ++j) mean += x(i, j);

@@ -238,8 +238,9 @@ inline constexpr std::int64_t query_rows = tile_rows >= 12 ? 24 : 12;
 template <class Tile>
 std::size_t attention_scratch(std::int64_t head_dim) {
   const std::int64_t dk = round_up(head_dim, Tile::k_step), dv = round_up(head_dim, panel_width);
-  return static_cast<std::size_t>(query_rows * (round_up(dk, 32) + key_block)) * sizeof(typename Tile::X) +
-         static_cast<std::size_t>(query_rows * (key_block * 2 + dv + 2)) * sizeof(float) + 256;
+  const std::int64_t bytes = query_rows * (round_up(dk, 32) + key_block) * static_cast<std::int64_t>(sizeof(typename Tile::X)) +
+                             (query_rows * (key_block + dv + 2) + dk) * static_cast<std::int64_t>(sizeof(float));
+  return static_cast<std::size_t>(round_up(bytes, 64));
 }
 
 // One online-softmax step of one row over a block of keys. `s` holds the scores; keys outside [begin, end) are masked. Writes

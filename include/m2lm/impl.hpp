@@ -1,0 +1,20 @@
+// The non-template definitions behind m2lm.hpp: file formats, tokenizers, pictures, kernels. Included at the end of m2lm.hpp, or,
+// with M2LM_SEPARATE_IMPL, in one translation unit of the program (m2lm::compiled is that).
+// Floor: m2lm. May include: everything.
+#pragma once
+
+#include <m2lm/core_impl.hpp>
+#include <m2lm/io/file_impl.hpp>
+#include <m2lm/io/config_impl.hpp>
+#include <m2lm/io/safetensors_impl.hpp>
+#include <m2lm/io/checkpoint_impl.hpp>
+#include <m2lm/io/tokenizer_impl.hpp>
+#include <m2lm/io/image_impl.hpp>
+#include <m2lm/io/image_processor_impl.hpp>
+#include <m2lm/models/chat_template_impl.hpp>
+#include <m2lm/models/hf_config_impl.hpp>
+#include <m2lm/models/loader_impl.hpp>
+#include <m2lm/models/model_impl.hpp>
+#include <m2lm/sampling/options_impl.hpp>
+#include <m2lm/sampling/processors_impl.hpp>
+#include <m2lm/sampling/stop_impl.hpp>

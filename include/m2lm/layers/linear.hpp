@@ -1,0 +1,71 @@
+// Linear: a weight matrix with an optional bias, packed for a backend.
+// Floor: layers. May include: core, ops.
+#pragma once
+
+#include <m2lm/core/fields.hpp>
+#include <m2lm/ops/linear.hpp>
+
+#include <initializer_list>
+#include <vector>
+
+namespace m2lm {
+
+/// Weight [outputs, inputs] and bias [outputs] of a checkpoint, and what a backend derives from them.
+/// source: torch.nn.Linear's layout; a convolution whose kernel equals its stride has weight [outputs, channels, k, k].
+template <class B>
+class Linear {
+  using S = ScalarOf<B>;
+  PackedMatrix packed_;
+  Tensor<S> bias_values_;
+
+ public:
+  Parameter weight, bias;
+
+  Linear() = default;
+  Linear(std::int64_t inputs, std::int64_t outputs, bool has_bias) : Linear(Shape{outputs, inputs}, has_bias) {}
+  Linear(Shape weight_shape, bool has_bias) : weight(weight_shape) {
+    if (has_bias) bias = Parameter(Shape{weight_shape[0]});
+  }
+
+  bool has_bias() const { return bias.shape.rank() == 1; }
+  std::int64_t outputs() const { return weight.shape[0]; }
+
+  template <class V, class Self>
+  static void fields(V&& visit, Self& self) {
+    visit("weight", self.weight);
+    if (self.has_bias()) visit("bias", self.bias);
+  }
+
+  /// Packs the loaded weight. requires weight (and bias) present.
+  void prepare(Context<B>& ctx, DType format) { fuse(ctx, format, {this}); }
+
+  /// Packs several layers with the same inputs below each other, so that one product serves them all.
+  /// gated: two layers, evaluated as act(first) · second.
+  void fuse(Context<B>& ctx, DType format, std::initializer_list<const Linear*> parts, bool gated = false) {
+    std::vector<AnyTensor> weights;
+    std::int64_t rows = 0;
+    bool any_bias = false;
+    for (const Linear* part : parts) {
+      weights.push_back(part->weight.value);
+      rows += part->outputs();
+      any_bias = any_bias || part->has_bias();
+    }
+    packed_ = ops::pack(ctx, std::span<const AnyTensor>(weights), format, gated);
+    if (!any_bias) return;
+    bias_values_ = Tensor<S>(Shape{rows});
+    std::int64_t row = 0;
+    for (const Linear* part : parts) {
+      if (part->has_bias()) part->bias.value.copy_to(bias_values_.data() + row, 0, part->outputs());
+      row += part->outputs();
+    }
+  }
+
+  /// y = act(x·wᵀ + bias) + residual. requires prepare or fuse; shapes as ops::linear.
+  void forward(Context<B>& ctx, Matrix<const S> x, Matrix<S> y, Activation activation = Activation::none, Matrix<const S> residual = {}) const {
+    ops::linear(ctx, x, packed_, Epilogue<S>{.bias = bias_values_.data(), .activation = activation, .residual = residual}, y);
+  }
+
+  const PackedMatrix& packed() const { return packed_; }
+};
+
+}  // namespace m2lm

@@ -1,0 +1,60 @@
+// RopeConfig: the frequencies of rotary embedding, with the scalings that LLaMA-family checkpoints use.
+// Floor: layers. May include: core, ops.
+#pragma once
+
+#include <m2lm/ops/rope.hpp>
+
+#include <cmath>
+#include <numbers>
+#include <vector>
+
+namespace m2lm {
+
+enum class RopeScaling : std::uint8_t { none, linear, llama3 };
+
+/// Run-time values of config.json (`rope_theta`, `rope_scaling`, or `rope_parameters`).
+struct RopeConfig {
+  double theta = 10000.0;
+  RopeScaling scaling = RopeScaling::none;
+  double factor = 1.0;
+  double low_freq_factor = 1.0;                 ///< llama3
+  double high_freq_factor = 4.0;                ///< llama3
+  double original_max_position_embeddings = 0;  ///< llama3
+};
+
+/// Angle per position of each pair: [head_dim/2]. source: transformers' modeling_rope_utils (default, linear, llama3).
+/// Rounded to f32, as the checkpoints were trained with.
+inline std::vector<float> rope_frequencies(const RopeConfig& config, std::int64_t head_dim) {
+  std::vector<float> frequencies(static_cast<std::size_t>(head_dim / 2));
+  for (std::size_t i = 0; i < frequencies.size(); ++i) {
+    double f = std::pow(config.theta, -2.0 * static_cast<double>(i) / static_cast<double>(head_dim));
+    if (config.scaling == RopeScaling::linear) f /= config.factor;
+    if (config.scaling == RopeScaling::llama3) {
+      const double wavelength = 2.0 * std::numbers::pi / f;
+      const double low = config.original_max_position_embeddings / config.low_freq_factor;
+      const double high = config.original_max_position_embeddings / config.high_freq_factor;
+      if (wavelength > low) {
+        f /= config.factor;
+      } else if (wavelength >= high) {
+        const double smooth = (config.original_max_position_embeddings / wavelength - config.low_freq_factor) /
+                              (config.high_freq_factor - config.low_freq_factor);
+        f = (1.0 - smooth) * f / config.factor + smooth * f;
+      }
+    }
+    frequencies[i] = static_cast<float>(f);
+  }
+  return frequencies;
+}
+
+/// Fills cos and sin [tokens, head_dim/2] for positions first, first + 1, …. The angle is an f32 product, as in the reference.
+template <class S>
+void rope_angles(std::span<const float> frequencies, std::int64_t first, Matrix<S> cos, Matrix<S> sin) {
+  for (std::int64_t t = 0; t < cos.extent(0); ++t)
+    for (std::int64_t i = 0; i < cos.extent(1); ++i) {
+      const double angle = static_cast<double>(static_cast<float>(first + t) * frequencies[static_cast<std::size_t>(i)]);
+      cos(t, i) = static_cast<S>(std::cos(angle));
+      sin(t, i) = static_cast<S>(std::sin(angle));
+    }
+}
+
+}  // namespace m2lm

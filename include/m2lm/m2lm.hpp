@@ -1,0 +1,32 @@
+// The whole library in one include.
+// Floor: m2lm. May include: everything.
+#pragma once
+
+#include <m2lm/core.hpp>
+#include <m2lm/io/checkpoint.hpp>
+#include <m2lm/io/config.hpp>
+#include <m2lm/io/file.hpp>
+#include <m2lm/io/image.hpp>
+#include <m2lm/io/image_processor.hpp>
+#include <m2lm/io/safetensors.hpp>
+#include <m2lm/io/tokenizer.hpp>
+#include <m2lm/models/chat_template.hpp>
+#include <m2lm/models/generation.hpp>
+#include <m2lm/models/hf_config.hpp>
+#include <m2lm/models/loader.hpp>
+#include <m2lm/models/modality.hpp>
+#include <m2lm/models/model.hpp>
+#include <m2lm/models/names.hpp>
+#include <m2lm/models/prompt.hpp>
+#include <m2lm/parts/decoders/llama.hpp>
+#include <m2lm/parts/encoders/clip_vit.hpp>
+#include <m2lm/parts/heads/linear_head.hpp>
+#include <m2lm/parts/projectors/mlp_projector.hpp>
+#include <m2lm/sampling/options.hpp>
+#include <m2lm/sampling/processors.hpp>
+#include <m2lm/sampling/stop.hpp>
+#include <m2lm/version.hpp>
+
+#if !defined(M2LM_SEPARATE_IMPL)
+#include <m2lm/impl.hpp>
+#endif

@@ -1,0 +1,45 @@
+// Binding the parameters of a model to the tensors of a checkpoint, with one report of all that does not fit.
+// Floor: models. May include: core, ops, layers, parts, io, sampling.
+#pragma once
+
+#include <m2lm/core/fields.hpp>
+#include <m2lm/io/checkpoint.hpp>
+#include <m2lm/models/names.hpp>
+
+#include <string>
+#include <vector>
+
+namespace m2lm {
+
+/// What a checkpoint and a model disagree on. Each entry is a sentence with names, shapes and the nearest name there is.
+struct LoadReport {
+  std::vector<std::string> missing, misshaped, unexpected;
+
+  bool complete() const { return missing.empty() && misshaped.empty(); }
+  /// All entries, one per line.
+  std::string string() const;
+};
+
+namespace detail {
+
+struct NamedParameter {
+  std::string name;
+  Parameter* parameter;
+};
+LoadReport bind_parameters(std::span<const NamedParameter> parameters, const Checkpoint& checkpoint, std::span<const NameRule> rules);
+
+}  // namespace detail
+
+/// Gives every parameter below `root` its tensor. `prefix` starts the canonical names. The values share the checkpoint's mapping.
+/// ensures every parameter has a value, in a floating dtype and of its shape, if report.complete().
+template <ParameterStruct P>
+LoadReport load_parameters(P& root, const Checkpoint& checkpoint, std::string prefix = {}, std::span<const NameRule> rules = hugging_face_names) {
+  std::vector<detail::NamedParameter> parameters;
+  for_each_parameter([&](std::string_view name, Parameter& p) { parameters.push_back({std::string(name), &p}); }, root, std::move(prefix));
+  return detail::bind_parameters(parameters, checkpoint, rules);
+}
+
+/// throws CheckpointError with the whole report unless it is complete.
+void require_complete(const LoadReport& report, std::string_view directory);
+
+}  // namespace m2lm

@@ -1,0 +1,88 @@
+// Definitions of models/loader.hpp.
+// Floor: models. May include: core, ops, layers, parts, io, sampling.
+#pragma once
+
+#include <m2lm/io/safetensors.hpp>
+#include <m2lm/models/loader.hpp>
+
+#include <algorithm>
+#include <set>
+
+namespace m2lm {
+
+M2LM_IMPL std::string LoadReport::string() const {
+  std::string out;
+  for (const auto* list : {&missing, &misshaped, &unexpected})
+    for (const std::string& line : *list) out += "\n  " + line;
+  return out;
+}
+
+M2LM_IMPL void require_complete(const LoadReport& report, std::string_view directory) {
+  if (report.complete()) return;
+  throw CheckpointError(concat("m2lm: the checkpoint in ", directory, " does not fit the model (", report.missing.size(), " tensors missing, ",
+                               report.misshaped.size(), " of another shape, ", report.unexpected.size(), " unexpected):", report.string()));
+}
+
+namespace detail {
+
+M2LM_IMPL LoadReport bind_parameters(std::span<const NamedParameter> parameters, const Checkpoint& checkpoint, std::span<const NameRule> rules) {
+  const std::vector<std::string> stored_names = checkpoint.names();
+  const std::set<std::string, std::less<>> stored(stored_names.begin(), stored_names.end());
+  const auto rule_of = [&](std::string_view name) {
+    return std::find_if(rules.begin(), rules.end(), [&](const NameRule& r) { return name.starts_with(r.canonical); });
+  };
+
+  // Each rule's prefix: the one under which most of its parameters are found; the first on a tie.
+  std::vector<std::string_view> prefix(rules.size());
+  for (std::size_t i = 0; i < rules.size(); ++i) {
+    std::ptrdiff_t most = -1;
+    for (const std::string_view candidate : rules[i].stored) {
+      const std::ptrdiff_t found = std::count_if(parameters.begin(), parameters.end(), [&](const NamedParameter& p) {
+        return rule_of(p.name) == rules.begin() + static_cast<std::ptrdiff_t>(i) &&
+               stored.contains(std::string(candidate) + p.name.substr(rules[i].canonical.size()));
+      });
+      if (found > most) {
+        most = found;
+        prefix[i] = candidate;
+      }
+    }
+  }
+
+  LoadReport report;
+  std::set<std::string, std::less<>> used;
+  std::vector<std::string> not_found;
+  for (const NamedParameter& p : parameters) {
+    const auto rule = rule_of(p.name);
+    const std::string name = rule == rules.end() ? p.name
+                                                 : std::string(prefix[static_cast<std::size_t>(rule - rules.begin())]) + p.name.substr(rule->canonical.size());
+    const AnyTensor* tensor = checkpoint.find(name);
+    if (tensor == nullptr) {
+      not_found.push_back(name);
+      continue;
+    }
+    used.insert(name);
+    const bool floating = tensor->dtype() == DType::f32 || tensor->dtype() == DType::f16 || tensor->dtype() == DType::bf16 || tensor->dtype() == DType::f64;
+    if (tensor->shape() != p.parameter->shape || !floating) {
+      report.misshaped.push_back(concat(name, " is ", tensor->shape().string(), " in ", dtype_name(tensor->dtype()), " (", checkpoint.file_of(name),
+                                        "), expected ", p.parameter->shape.string(), " in a floating dtype"));
+      continue;
+    }
+    p.parameter->value = *tensor;
+  }
+  std::vector<std::string> unused;
+  for (const std::string& name : stored_names)
+    if (!used.contains(name)) unused.push_back(name);
+  for (const std::string& name : not_found) {
+    const std::string nearest = nearest_name(name, unused);
+    report.missing.push_back(name + " is missing" + (nearest.empty() ? "" : "; the nearest name is " + nearest));
+  }
+  for (const std::string& name : unused) {
+    const bool ignorable = std::any_of(ignorable_names.begin(), ignorable_names.end(), [&](std::string_view pattern) { return glob_match(pattern, name); });
+    // A tied head may be stored all the same.
+    if (!ignorable && !name.ends_with("lm_head.weight")) report.unexpected.push_back(name + " is unexpected (" + std::string(checkpoint.file_of(name)) + ")");
+  }
+  return report;
+}
+
+}  // namespace detail
+}  // namespace m2lm

@@ -1,0 +1,139 @@
+// Modality: an encoder and a projector under a name, and how their output enters the sequence.
+// Floor: models. May include: core, ops, layers, parts, io, sampling.
+#pragma once
+
+#include <m2lm/core/fields.hpp>
+#include <m2lm/io/image.hpp>
+#include <m2lm/io/image_processor.hpp>
+#include <m2lm/models/hf_config.hpp>
+#include <m2lm/ops/op.hpp>
+
+#include <string>
+#include <string_view>
+
+namespace m2lm {
+
+/// Insertion: the placeholder "<name>" of the text becomes one row per output token of the instance (LLaVA).
+struct ExpandPlaceholder {};
+
+/// What happens to an input before its encoder sees it. The primary hands it on as it is; a user specialises it for a type.
+template <class Input>
+struct Preprocessor {
+  template <class EncoderConfig>
+  static Preprocessor from_directory(std::string_view, const EncoderConfig&) {
+    return {};
+  }
+  const Input& operator()(const Input& input) const { return input; }
+};
+
+/// Pictures: the checkpoint's preprocessor_config.json, CLIP's values without it.
+template <>
+struct Preprocessor<Image> {
+  ImageProcessorConfig config{};
+  template <class EncoderConfig>
+  static Preprocessor from_directory(std::string_view directory, const EncoderConfig& encoder) {
+    return {read_image_processor_config(directory, static_cast<int>(encoder.image_size))};
+  }
+  Tensor<float> operator()(const Image& image) const { return preprocess(image, config); }
+};
+
+/// The config of encoders that have none.
+struct NoConfig {};
+inline void read_config(const ConfigValue&, NoConfig&) {}
+
+namespace detail {
+
+template <class Encoder>
+struct EncoderConfigOf {
+  using type = NoConfig;
+};
+template <class Encoder>
+  requires requires { typename Encoder::Config; }
+struct EncoderConfigOf<Encoder> {
+  using type = typename Encoder::Config;
+};
+
+/// Canonical prefixes of a modality's parameters: LLaVA's for "image", the name otherwise.
+inline std::string encoder_prefix(std::string_view name) { return name == "image" ? "vision_tower" : std::string(name) + "_encoder"; }
+inline std::string projector_prefix(std::string_view name) { return name == "image" ? "multi_modal_projector" : std::string(name) + "_projector"; }
+
+}  // namespace detail
+
+/// Spec of a component. An encoder has `Input`, optionally `Config` (read by read_config(root, config), found by argument-dependent
+/// lookup), and On<B, P> with width(), tokens(x), fields, prepare(ctx, dtype), forward(ctx, x, features) where x is the preprocessed
+/// input. A projector has On<B, P>(ProjectorConfig) with output_tokens(n), fields, prepare and forward(ctx, features, embeddings).
+template <FixedString Name, class Encoder, class Projector, class Insertion = ExpandPlaceholder>
+struct Modality {
+  static constexpr auto name = Name;
+  using Input = typename Encoder::Input;
+  using EncoderConfig = typename detail::EncoderConfigOf<Encoder>::type;
+  static_assert(std::is_same_v<Insertion, ExpandPlaceholder>, "m2lm::Modality: this insertion is not supported; use ExpandPlaceholder");
+
+  template <class B, Precision P>
+  struct On {
+    using S = ScalarOf<B>;
+    typename Encoder::template On<B, P> encoder;
+    typename Projector::template On<B, P> projector;
+    Preprocessor<Input> preprocessor;
+
+    On(const ConfigValue& root, std::string_view directory, std::int64_t hidden_size) : On(read(root), root, directory, hidden_size) {}
+
+    template <class V, class Self>
+    static void fields(V&& visit, Self& self) {
+      visit(detail::encoder_prefix(Name.view()), self.encoder);
+      visit(detail::projector_prefix(Name.view()), self.projector);
+    }
+    void prepare(Context<B>& ctx, const Precision& precision) {
+      encoder.prepare(ctx, precision.resolve(precision.encoders));
+      projector.prepare(ctx, precision.resolve(precision.projectors));
+    }
+    /// The embeddings of one instance: [tokens, hidden].
+    Tensor<S> encode(Context<B>& ctx, const Input& input, std::int64_t hidden_size) const {
+      const auto& x = preprocessor(input);
+      const Arena::Scope scope(ctx.arena);
+      const std::int64_t tokens = encoder.tokens(x);
+      const Matrix<S> features = ctx.arena.template matrix<S>(tokens, encoder.width());
+      encoder.forward(ctx, x, features);
+      Tensor<S> embeddings(Shape{projector.output_tokens(tokens), hidden_size});
+      projector.forward(ctx, features, embeddings.template view<2>());
+      return embeddings;
+    }
+
+   private:
+    static EncoderConfig read(const ConfigValue& root) {
+      EncoderConfig config{};
+      read_config(root, config);
+      return config;
+    }
+    static auto make_encoder(const EncoderConfig& config) {
+      if constexpr (std::is_same_v<EncoderConfig, NoConfig>)
+        return typename Encoder::template On<B, P>();
+      else
+        return typename Encoder::template On<B, P>(config);
+    }
+    static ProjectorConfig projector_config(const ConfigValue& root, std::int64_t input_width, std::int64_t output_width) {
+      ProjectorConfig config{.input_width = input_width, .output_width = output_width};
+      read_config(root, config);
+      return config;
+    }
+    On(const EncoderConfig& config, const ConfigValue& root, std::string_view directory, std::int64_t hidden_size)
+        : encoder(make_encoder(config)),
+          projector(projector_config(root, encoder.width(), hidden_size)),
+          preprocessor(Preprocessor<Input>::from_directory(directory, config)) {}
+  };
+};
+
+/// A component with a precision of its own: With<Modality<…>, Precision{.weights = DType::f32}>.
+template <class Component, Precision P>
+struct With {
+  static constexpr auto name = Component::name;
+  using Input = typename Component::Input;
+
+  template <class B, Precision>
+  struct On : Component::template On<B, P> {
+    using Component::template On<B, P>::On;
+    void prepare(Context<B>& ctx, const Precision&) { Component::template On<B, P>::prepare(ctx, P); }
+  };
+};
+
+}  // namespace m2lm

@@ -1,0 +1,605 @@
+// Model: a decoder and its components on a backend, loaded from a checkpoint. Session: what changes while one is used.
+// Floor: models. May include: core, ops, layers, parts, io, sampling.
+#pragma once
+
+#include <m2lm/io/checkpoint.hpp>
+#include <m2lm/io/tokenizer.hpp>
+#include <m2lm/layers/kv_cache.hpp>
+#include <m2lm/models/chat_template.hpp>
+#include <m2lm/models/generation.hpp>
+#include <m2lm/models/hf_config.hpp>
+#include <m2lm/models/loader.hpp>
+#include <m2lm/models/modality.hpp>
+#include <m2lm/models/prompt.hpp>
+#include <m2lm/sampling/processors.hpp>
+#include <m2lm/sampling/stop.hpp>
+
+#include <chrono>
+#include <memory>
+#include <optional>
+#include <span>
+#include <string>
+#include <string_view>
+#include <tuple>
+#include <vector>
+
+namespace m2lm {
+
+struct LoadOptions {
+  std::optional<Precision> precision = {};                     ///< instead of the one in the type (a `With` component keeps its own)
+  std::string_view template_name = {};                         ///< chat template instead of the checkpoint's
+  FunctionRef<void(double)> progress = {};                     ///< fraction done, 0 to 1
+  bool allow_unexpected = true;                                ///< false: tensors that the model does not know are an error
+  std::size_t memory_limit = 0;                                ///< bytes the packed model may take; 0 = what the system has free
+};
+
+struct SessionOptions {
+  std::int64_t max_positions = 0;  ///< context length; 0 = the checkpoint's max_position_embeddings
+  std::uint64_t seed = 0;
+};
+
+namespace detail {
+
+/// What a directory says besides its tensors.
+struct ModelFiles {
+  std::string directory;
+  ConfigValue config;
+  Checkpoint checkpoint;
+  std::optional<Tokenizer> tokenizer;   ///< empty when the directory has none; `tokenizer_error` says why
+  std::string tokenizer_error;
+  const ChatTemplate* chat_template = nullptr;
+  std::vector<std::int32_t> stop_tokens;
+};
+ModelFiles open_model_files(std::string_view directory, std::string_view template_name);
+
+/// throws CapacityError unless `needed` bytes are available; `limit` 0 asks the system.
+void require_memory(std::string_view directory, std::size_t needed, std::size_t limit, DType format);
+
+/// The rows of one attached instance in a sequence.
+struct MediaSpan {
+  std::size_t component = 0, instance = 0;
+  std::int64_t begin = 0, rows = 0;
+};
+
+/// Token ids with one placeholder id per row of media, and where the media stand.
+struct TokenSequence {
+  std::vector<std::int32_t> ids;
+  std::vector<MediaSpan> media;
+};
+
+struct PlaceholderUse {
+  std::string_view name;                ///< component's name
+  std::optional<std::int32_t> id;       ///< of "<name>"
+  std::vector<std::int64_t> rows;       ///< per attached instance
+};
+/// Lets each placeholder stand for its instance. throws InputError: a placeholder without an attachment, or the reverse.
+TokenSequence expand_placeholders(std::span<const std::int32_t> ids, bool expanded, std::span<const PlaceholderUse> components);
+
+std::optional<std::int32_t> placeholder_id(const ModelFiles& files, std::string_view component);
+
+template <class T>
+Tensor<T> converted(const AnyTensor& tensor) {
+  return tensor.to<T>();
+}
+
+}  // namespace detail
+
+template <class M>
+class BasicSession;
+
+/// Immutable after load; copies are handles on the same weights, and several threads may use one. Sizes come from config.json,
+/// choices are in the type.
+template <class B, Precision P, class Decoder, class... Component>
+class Model {
+ public:
+  using Backend = B;
+  using Scalar = ScalarOf<B>;
+  using PromptType = Prompt<Component...>;
+  using Session = BasicSession<Model>;
+
+  /// Loads config.json, *.safetensors, and the tokenizer if there is one. throws CheckpointError with all that is missing or does
+  /// not fit, CapacityError before any work if the memory will not do, OptionError for a format the backend has not.
+  static Model from_pretrained(std::string_view directory, B backend = {}, const LoadOptions& options = {});
+
+  /// A user's turn, in the checkpoint's chat template.
+  PromptType prompt(std::string_view text) const;
+  /// Text without a template.
+  PromptType raw_prompt(std::string_view text) const;
+  /// Token ids as they are. requires ids inside the vocabulary.
+  PromptType prompt(std::vector<std::int32_t> ids) const;
+
+  /// The ids that the decoder sees, one placeholder id per row of media.
+  std::vector<std::int32_t> input_ids(const PromptType& prompt) const;
+  /// What the decoder sees of one input of a component: [tokens, hidden].
+  template <FixedString Name, class Input>
+  Tensor<Scalar> encode(const Input& input) const;
+  /// Logits of every position: [tokens, vocabulary].
+  Tensor<Scalar> logits(const PromptType& prompt) const;
+  /// The same for several prompts in one batch; bit-equal to one at a time.
+  std::vector<Tensor<Scalar>> logits(std::span<const PromptType> prompts) const;
+  /// hidden_states[i] as transformers numbers them: 0 = embeddings, i = after block i, the last with the final norm. Only the
+  /// listed ones, in that order; an empty list asks for all. Negative numbers count from the end.
+  std::vector<Tensor<Scalar>> hidden_states(const PromptType& prompt, std::span<const int> layers = {}) const;
+  /// A new session's answer.
+  Generation generate(const PromptType& prompt, const GenerateOptions& options = {}) const;
+  Session session(const SessionOptions& options = {}) const;
+
+  const LlamaConfig& decoder_config() const;
+  const ConfigValue& config() const;
+  /// throws InputError saying what the directory lacks when it has no tokenizer that can be read.
+  const Tokenizer& tokenizer() const;
+  const ChatTemplate& chat_template() const;
+  const LoadReport& load_report() const;
+  B& backend() const;
+
+ private:
+  using DecoderOn = typename Decoder::template On<B, P>;
+  static constexpr std::size_t components = sizeof...(Component);
+  friend class BasicSession<Model>;
+
+  struct State {
+    B backend;
+    detail::ModelFiles files;
+    Precision precision;
+    DecoderOn decoder;
+    std::tuple<typename Component::template On<B, P>...> component;
+    LoadReport report;
+
+    State(B b, detail::ModelFiles f, const Precision& p);
+  };
+  struct Embedded {
+    detail::TokenSequence sequence;
+    std::vector<std::vector<Tensor<Scalar>>> media;  // [component][instance]
+  };
+
+  std::shared_ptr<State> state_;
+
+  static LlamaConfig read_decoder_config(const ConfigValue& root);
+  template <class F>
+  void for_each_component(F&& f) const;
+  std::vector<std::int32_t> prompt_ids(const PromptType& prompt) const;
+  Embedded embed_media(Context<B>& ctx, const PromptType& prompt, std::vector<std::int32_t> ids) const;
+  void embed(Context<B>& ctx, const Embedded& embedded, std::int64_t begin, Matrix<Scalar> h) const;
+  DType cache_format() const { return state_->precision.resolve(state_->precision.kv_cache); }
+};
+
+/// One conversation on a model: KV cache, scratch memory, random numbers. Movable; one thread at a time.
+template <class M>
+class BasicSession {
+  using B = typename M::Backend;
+  using S = typename M::Scalar;
+  M model_;
+  mutable Arena arena_;
+  KvCache<B> cache_;
+  Rng rng_;
+  bool seeded_ = false;
+  std::vector<std::int32_t> history_;  // ids at the cached positions
+  std::vector<std::int32_t> pending_;  // chosen, but not yet seen by the decoder
+  bool answered_ = false;
+
+ public:
+  BasicSession(M model, const SessionOptions& options);
+
+  /// Answers the prompt. A chat prompt after the first is the next turn: what the cache holds is not computed again.
+  /// throws CapacityError naming both lengths when prompt and answer do not fit in the context (nothing is changed then),
+  /// InputError for a prompt that does not fit the model.
+  Generation generate(const typename M::PromptType& prompt, const GenerateOptions& options = {});
+
+  /// Positions in the cache.
+  std::int64_t length() const { return cache_.length(); }
+  std::int64_t max_positions() const { return cache_.capacity(); }
+  /// Ids at the cached positions; media stand as placeholder ids.
+  std::span<const std::int32_t> history() const { return history_; }
+  /// Most scratch bytes in use at once so far.
+  std::size_t peak_scratch_bytes() const { return arena_.peak_bytes(); }
+};
+
+// ---- Model ----------------------------------------------------------------------------------------------------------------
+// Members are defined out of class: only then does `extern template class` keep their bodies from being instantiated.
+
+template <class B, Precision P, class D, class... C>
+LlamaConfig Model<B, P, D, C...>::read_decoder_config(const ConfigValue& root) {
+  typename D::Config config{};
+  read_config(root, config);
+  return config;
+}
+
+template <class B, Precision P, class D, class... C>
+Model<B, P, D, C...>::State::State(B b, detail::ModelFiles f, const Precision& p)
+    : backend(std::move(b)),
+      files(std::move(f)),
+      precision(p),
+      decoder(read_decoder_config(files.config)),
+      component(typename C::template On<B, P>(files.config, files.directory, decoder.config().hidden_size)...) {}
+
+template <class B, Precision P, class D, class... C>
+Model<B, P, D, C...> Model<B, P, D, C...>::from_pretrained(std::string_view directory, B backend, const LoadOptions& options) {
+  const Precision precision = options.precision.value_or(P);
+  Model model;
+  model.state_ = std::make_shared<State>(std::move(backend), detail::open_model_files(directory, options.template_name), precision);
+  State& state = *model.state_;
+
+  std::vector<detail::NamedParameter> parameters;
+  const auto collect = [&](std::string_view name, Parameter& p) { parameters.push_back({std::string(name), &p}); };
+  for_each_parameter(collect, state.decoder);
+  std::apply([&](auto&... c) { (for_each_parameter(collect, c), ...); }, state.component);
+  state.report = detail::bind_parameters(parameters, state.files.checkpoint, hugging_face_names);
+  require_complete(state.report, directory);
+  if (!options.allow_unexpected && !state.report.unexpected.empty())
+    throw CheckpointError(concat("m2lm: the checkpoint in ", directory, " holds tensors that the model does not know:", state.report.string()));
+
+  std::size_t needed = 0;
+  for (const auto& p : parameters) {
+    const auto elements = static_cast<std::size_t>(p.parameter->shape.elements());
+    const bool packed = p.parameter->shape.rank() >= 2;
+    needed += elements * (packed && !std::is_same_v<Scalar, double> ? dtype_size(precision.weights) : sizeof(Scalar));
+  }
+  detail::require_memory(directory, needed, options.memory_limit, precision.weights);
+
+  Arena arena;
+  Context<B> ctx{state.backend, arena, &state.decoder.embed_tokens.weight.value};
+  const double share = components == 0 ? 1.0 : 0.8;
+  state.decoder.prepare(ctx, precision, [&](std::int64_t done, std::int64_t total) {
+    if (options.progress) options.progress(share * static_cast<double>(done) / static_cast<double>(total));
+  });
+  std::apply([&](auto&... c) { (c.prepare(ctx, precision), ...); }, state.component);
+  if (options.progress) options.progress(1.0);
+  state.files.checkpoint.release_pages();
+  return model;
+}
+
+template <class B, Precision P, class D, class... C>
+auto Model<B, P, D, C...>::prompt(std::string_view text) const -> PromptType {
+  PromptType p;
+  p.text = text;
+  return p;
+}
+
+template <class B, Precision P, class D, class... C>
+auto Model<B, P, D, C...>::raw_prompt(std::string_view text) const -> PromptType {
+  PromptType p;
+  p.form = PromptForm::raw;
+  p.text = text;
+  return p;
+}
+
+template <class B, Precision P, class D, class... C>
+auto Model<B, P, D, C...>::prompt(std::vector<std::int32_t> ids) const -> PromptType {
+  PromptType p;
+  p.form = PromptForm::ids;
+  p.ids = std::move(ids);
+  return p;
+}
+
+template <class B, Precision P, class D, class... C>
+template <class F>
+void Model<B, P, D, C...>::for_each_component(F&& f) const {
+  [&]<std::size_t... I>(std::index_sequence<I...>) {
+    (f(std::integral_constant<std::size_t, I>{}, std::get<I>(state_->component), C::name.view()), ...);
+  }(std::index_sequence_for<C...>{});
+}
+
+template <class B, Precision P, class D, class... C>
+std::vector<std::int32_t> Model<B, P, D, C...>::prompt_ids(const PromptType& prompt) const {
+  if (prompt.form == PromptForm::ids) return prompt.ids;
+  if (prompt.form == PromptForm::raw) return tokenizer().encode(prompt.text, true);
+  const ChatTemplate& format = prompt.template_name.empty() ? chat_template() : m2lm::chat_template(prompt.template_name);
+  std::vector<Message> messages;
+  if (!prompt.system.empty()) messages.push_back({Role::system, prompt.system});
+  messages.push_back({Role::user, prompt.text});
+  return tokenizer().encode(render(format, messages), format.add_bos);
+}
+
+template <class B, Precision P, class D, class... C>
+auto Model<B, P, D, C...>::embed_media(Context<B>& ctx, const PromptType& prompt, std::vector<std::int32_t> ids) const -> Embedded {
+  Embedded out;
+  std::vector<detail::PlaceholderUse> uses;
+  for_each_component([&](auto index, const auto& component, std::string_view name) {
+    detail::PlaceholderUse use{.name = name, .id = detail::placeholder_id(state_->files, name), .rows = {}};
+    std::vector<Tensor<Scalar>> instances;
+    const std::int64_t hidden = decoder_config().hidden_size;
+    for (const auto& attachment : std::get<index()>(prompt.attachments)) {
+      if (const AnyTensor* given = std::get_if<1>(&attachment)) {
+        require<InputError>(given->has_value() && given->shape().rank() == 2 && given->shape()[1] == hidden, "m2lm: the embeddings attached to <", name,
+                            "> are ", given->shape().string(), ", expected [tokens, ", hidden, "]");
+        instances.push_back(detail::converted<Scalar>(*given));
+      } else {
+        instances.push_back(component.encode(ctx, std::get<0>(attachment), hidden));
+      }
+      use.rows.push_back(instances.back().shape()[0]);
+    }
+    uses.push_back(std::move(use));
+    out.media.push_back(std::move(instances));
+  });
+  out.sequence = detail::expand_placeholders(ids, prompt.form == PromptForm::ids, uses);
+  require<InputError>(!out.sequence.ids.empty(), "m2lm: the prompt has no tokens");
+  return out;
+}
+
+template <class B, Precision P, class D, class... C>
+void Model<B, P, D, C...>::embed(Context<B>& ctx, const Embedded& embedded, std::int64_t begin, Matrix<Scalar> h) const {
+  const std::int64_t end = begin + h.extent(0);
+  const std::span<const std::int32_t> ids = embedded.sequence.ids;
+  std::int64_t at = begin;
+  const auto text_until = [&](std::int64_t stop) {
+    if (stop <= at) return;
+    state_->decoder.embed_tokens.forward(ctx, ids.subspan(static_cast<std::size_t>(at), static_cast<std::size_t>(stop - at)), h.rows(at - begin, stop - begin));
+    at = stop;
+  };
+  for (const detail::MediaSpan& span : embedded.sequence.media) {
+    const std::int64_t from = std::max(span.begin, begin), to = std::min(span.begin + span.rows, end);
+    if (from >= to) continue;
+    text_until(from);
+    const Tensor<Scalar>& rows = embedded.media[span.component][span.instance];
+    const auto source = rows.template view<2>();
+    for (std::int64_t i = from; i < to; ++i) std::copy_n(source.row(i - span.begin), h.extent(1), h.row(i - begin));
+    at = to;
+  }
+  text_until(end);
+}
+
+template <class B, Precision P, class D, class... C>
+std::vector<std::int32_t> Model<B, P, D, C...>::input_ids(const PromptType& prompt) const {
+  Arena arena;
+  Context<B> ctx{state_->backend, arena, &state_->decoder.embed_tokens.weight.value};
+  return embed_media(ctx, prompt, prompt_ids(prompt)).sequence.ids;
+}
+
+template <class B, Precision P, class D, class... C>
+template <FixedString Name, class Input>
+auto Model<B, P, D, C...>::encode(const Input& input) const -> Tensor<Scalar> {
+  constexpr std::size_t index = detail::component_index<Name, C...>();
+  static_assert(index < sizeof...(C), "m2lm::Model::encode<name>: this model has no component of that name");
+  Arena arena;
+  Context<B> ctx{state_->backend, arena, &state_->decoder.embed_tokens.weight.value};
+  return std::get<index>(state_->component).encode(ctx, input, decoder_config().hidden_size);
+}
+
+template <class B, Precision P, class D, class... C>
+auto Model<B, P, D, C...>::logits(const PromptType& prompt) const -> Tensor<Scalar> {
+  return std::move(logits(std::span<const PromptType>(&prompt, 1)).front());
+}
+
+template <class B, Precision P, class D, class... C>
+auto Model<B, P, D, C...>::logits(std::span<const PromptType> prompts) const -> std::vector<Tensor<Scalar>> {
+  Arena arena;
+  Context<B> ctx{state_->backend, arena, &state_->decoder.embed_tokens.weight.value};
+  std::vector<Embedded> embedded;
+  std::vector<KvCache<B>> caches;
+  std::int64_t rows = 0;
+  for (const PromptType& p : prompts) {
+    embedded.push_back(embed_media(ctx, p, prompt_ids(p)));
+    const auto tokens = static_cast<std::int64_t>(embedded.back().sequence.ids.size());
+    caches.push_back(state_->decoder.make_cache(ctx, cache_format(), tokens));
+    rows += tokens;
+  }
+  const LlamaConfig& config = decoder_config();
+  const Arena::Scope scope(arena);
+  const Matrix<Scalar> h = arena.matrix<Scalar>(rows, config.hidden_size);
+  std::vector<SequenceRows<B>> sequences;
+  std::int64_t row = 0;
+  for (std::size_t i = 0; i < prompts.size(); ++i) {
+    const std::int64_t count = caches[i].capacity();
+    embed(ctx, embedded[i], 0, h.rows(row, row + count));
+    sequences.push_back({&caches[i], row, count});
+    row += count;
+  }
+  state_->decoder.forward(ctx, h, sequences);
+  state_->decoder.norm.forward(ctx, h, h);
+  std::vector<Tensor<Scalar>> out;
+  for (const SequenceRows<B>& s : sequences) {
+    out.emplace_back(Shape{s.count, config.vocab_size});
+    state_->decoder.head.forward(ctx, h.rows(s.begin, s.begin + s.count), out.back().template view<2>());
+  }
+  return out;
+}
+
+template <class B, Precision P, class D, class... C>
+auto Model<B, P, D, C...>::hidden_states(const PromptType& prompt, std::span<const int> layers) const -> std::vector<Tensor<Scalar>> {
+  Arena arena;
+  Context<B> ctx{state_->backend, arena, &state_->decoder.embed_tokens.weight.value};
+  const Embedded embedded = embed_media(ctx, prompt, prompt_ids(prompt));
+  const auto tokens = static_cast<std::int64_t>(embedded.sequence.ids.size());
+  const LlamaConfig& config = decoder_config();
+  std::vector<std::int64_t> wanted;
+  for (const int layer : layers) {
+    const std::int64_t i = layer < 0 ? config.num_layers + 1 + layer : layer;
+    require<OptionError>(i >= 0 && i <= config.num_layers, "m2lm::Model::hidden_states: layer ", layer, " of a decoder with ", config.num_layers, " layers");
+    wanted.push_back(i);
+  }
+  if (layers.empty())
+    for (std::int64_t i = 0; i <= config.num_layers; ++i) wanted.push_back(i);
+
+  KvCache<B> cache = state_->decoder.make_cache(ctx, cache_format(), tokens);
+  Tensor<Scalar> h(Shape{tokens, config.hidden_size});
+  embed(ctx, embedded, 0, h.template view<2>());
+  std::vector<Tensor<Scalar>> all(static_cast<std::size_t>(config.num_layers) + 1);
+  const SequenceRows<B> rows{&cache, 0, tokens};
+  state_->decoder.forward(ctx, h.template view<2>(), std::span<const SequenceRows<B>>(&rows, 1), [&](std::int64_t layer, Matrix<const Scalar> state) {
+    if (std::find(wanted.begin(), wanted.end(), layer) == wanted.end()) return;
+    Tensor<Scalar>& copy = all[static_cast<std::size_t>(layer)];
+    copy = Tensor<Scalar>(Shape{state.extent(0), state.extent(1)});
+    for (std::int64_t i = 0; i < state.extent(0); ++i) std::copy_n(state.row(i), state.extent(1), copy.template view<2>().row(i));
+    if (layer == config.num_layers) state_->decoder.norm.forward(ctx, copy.template view<2>(), copy.template view<2>());
+  });
+  std::vector<Tensor<Scalar>> out;
+  for (const std::int64_t i : wanted) out.push_back(all[static_cast<std::size_t>(i)].clone());
+  return out;
+}
+
+template <class B, Precision P, class D, class... C>
+Generation Model<B, P, D, C...>::generate(const PromptType& prompt, const GenerateOptions& options) const {
+  return session().generate(prompt, options);
+}
+
+template <class B, Precision P, class D, class... C>
+auto Model<B, P, D, C...>::session(const SessionOptions& options) const -> Session {
+  return Session(*this, options);
+}
+
+template <class B, Precision P, class D, class... C>
+const LlamaConfig& Model<B, P, D, C...>::decoder_config() const {
+  return state_->decoder.config();
+}
+
+template <class B, Precision P, class D, class... C>
+const ConfigValue& Model<B, P, D, C...>::config() const {
+  return state_->files.config;
+}
+
+template <class B, Precision P, class D, class... C>
+const Tokenizer& Model<B, P, D, C...>::tokenizer() const {
+  require<InputError>(state_->files.tokenizer.has_value(), state_->files.tokenizer_error);
+  return *state_->files.tokenizer;
+}
+
+template <class B, Precision P, class D, class... C>
+const ChatTemplate& Model<B, P, D, C...>::chat_template() const {
+  return *state_->files.chat_template;
+}
+
+template <class B, Precision P, class D, class... C>
+const LoadReport& Model<B, P, D, C...>::load_report() const {
+  return state_->report;
+}
+
+template <class B, Precision P, class D, class... C>
+B& Model<B, P, D, C...>::backend() const {
+  return state_->backend;
+}
+
+// ---- Session --------------------------------------------------------------------------------------------------------------
+
+template <class M>
+BasicSession<M>::BasicSession(M model, const SessionOptions& options) : model_(std::move(model)), rng_(options.seed), seeded_(options.seed != 0) {
+  const LlamaConfig& config = model_.decoder_config();
+  const std::int64_t positions = options.max_positions == 0 ? config.max_position_embeddings : options.max_positions;
+  require<OptionError>(positions > 0 && positions <= config.max_position_embeddings, "m2lm: a session of ", positions,
+                       " positions; the checkpoint has max_position_embeddings = ", config.max_position_embeddings);
+  Context<B> ctx{model_.backend(), arena_};
+  cache_ = model_.state_->decoder.make_cache(ctx, model_.cache_format(), positions);
+}
+
+template <class M>
+Generation BasicSession<M>::generate(const typename M::PromptType& prompt, const GenerateOptions& options) {
+  using Clock = std::chrono::steady_clock;
+  const auto seconds_since = [](Clock::time_point start) { return std::chrono::duration<double>(Clock::now() - start).count(); };
+  const auto& state = *model_.state_;
+  const LlamaConfig& config = model_.decoder_config();
+  Context<B> ctx{model_.backend(), arena_, &state.decoder.embed_tokens.weight.value};
+  require<OptionError>(options.max_new_tokens >= 0, "m2lm: max_new_tokens = ", options.max_new_tokens, " is negative");
+  Sampler sampler(options.sampling(), config.vocab_size);
+  if (!seeded_ || options.seed != 0) rng_ = Rng(options.seed);
+  seeded_ = true;
+  Generation result;
+
+  // The new part of the sequence: what was chosen last, then the prompt.
+  const bool next_turn = answered_ && prompt.form == PromptForm::chat;
+  std::vector<std::int32_t> ids = pending_;
+  if (next_turn) {
+    const ChatTemplate& format = prompt.template_name.empty() ? model_.chat_template() : chat_template(prompt.template_name);
+    const bool ended = !pending_.empty() && std::find(state.files.stop_tokens.begin(), state.files.stop_tokens.end(), pending_.back()) != state.files.stop_tokens.end();
+    const std::vector<std::int32_t> turn = model_.tokenizer().encode(render_continuation(format, prompt.text, ended), false);
+    ids.insert(ids.end(), turn.begin(), turn.end());
+  } else {
+    const std::vector<std::int32_t> own = model_.prompt_ids(prompt);
+    ids.insert(ids.end(), own.begin(), own.end());
+  }
+  auto start = Clock::now();
+  const typename M::Embedded embedded = model_.embed_media(ctx, prompt, std::move(ids));
+  result.timings.encode_seconds = seconds_since(start);
+  const std::span<const std::int32_t> sequence = embedded.sequence.ids;
+  const auto tokens = static_cast<std::int64_t>(sequence.size());
+  require<CapacityError>(cache_.length() + tokens <= cache_.capacity(), "m2lm: the prompt needs ", cache_.length() + tokens, " positions (", cache_.length(),
+                         " used, ", tokens, " new), the context holds ", cache_.capacity());
+
+  // Prefill in pieces of fixed size; each result is the same as at once.
+  start = Clock::now();
+  constexpr std::int64_t piece = 512;
+  Tensor<S> last_hidden(Shape{1, config.hidden_size});
+  for (std::int64_t begin = 0; begin < tokens; begin += piece) {
+    const std::int64_t count = std::min(piece, tokens - begin);
+    const Arena::Scope scope(arena_);
+    const Matrix<S> h = arena_.template matrix<S>(count, config.hidden_size);
+    model_.embed(ctx, embedded, begin, h);
+    const SequenceRows<B> rows{&cache_, 0, count};
+    state.decoder.forward(ctx, h, std::span<const SequenceRows<B>>(&rows, 1));
+    if (begin + count == tokens) std::copy_n(h.row(count - 1), config.hidden_size, last_hidden.data());
+  }
+  history_.reserve(history_.size() + static_cast<std::size_t>(tokens + options.max_new_tokens));
+  history_.insert(history_.end(), sequence.begin(), sequence.end());
+  pending_.clear();
+  answered_ = true;
+  result.timings.prefill_seconds = seconds_since(start);
+  result.timings.prefill_tokens = tokens;
+
+  std::vector<std::int32_t> stop_tokens = options.stop_tokens;
+  if (!options.ignore_eos) stop_tokens.insert(stop_tokens.end(), state.files.stop_tokens.begin(), state.files.stop_tokens.end());
+  std::vector<std::string> stop = options.stop;
+  if (prompt.form == PromptForm::chat)
+    for (const std::string_view s : (prompt.template_name.empty() ? model_.chat_template() : chat_template(prompt.template_name)).stop_strings) stop.emplace_back(s);
+  StopMatcher matcher(stop_tokens, stop);
+  std::optional<TokenStream> stream;
+  if (state.files.tokenizer) stream.emplace(*state.files.tokenizer);
+  const auto emit = [&](std::string_view text) {
+    if (text.empty()) return;
+    result.text += text;
+    if (options.on_text) options.on_text(text);
+  };
+  result.text.reserve(static_cast<std::size_t>(options.max_new_tokens) * 8);
+  result.tokens.reserve(static_cast<std::size_t>(options.max_new_tokens));
+  pending_.reserve(1);
+
+  Tensor<S> logits(Shape{1, config.vocab_size});
+  Tensor<float> processed(Shape{config.vocab_size});
+  start = Clock::now();
+  result.finish_reason = FinishReason::length;
+  while (static_cast<std::int64_t>(result.tokens.size()) < options.max_new_tokens) {
+    if (options.cancel && options.cancel->load()) {
+      result.finish_reason = FinishReason::cancelled;
+      break;
+    }
+    if (!pending_.empty()) {  // feed the token chosen last
+      require<CapacityError>(cache_.length() < cache_.capacity(), "m2lm: the answer needs ", cache_.length() + 1, " positions, the context holds ",
+                             cache_.capacity());
+      const Matrix<S> h = last_hidden.template view<2>();
+      state.decoder.embed_tokens.forward(ctx, pending_, h);
+      const SequenceRows<B> rows{&cache_, 0, 1};
+      state.decoder.forward(ctx, h, std::span<const SequenceRows<B>>(&rows, 1));
+      history_.push_back(pending_.front());
+      pending_.clear();
+      ++result.timings.decode_tokens;
+    }
+    const Arena::Scope scope(arena_);
+    const Matrix<S> normed = arena_.template matrix<S>(1, config.hidden_size);
+    state.decoder.norm.forward(ctx, last_hidden.template view<2>(), normed);
+    state.decoder.head.forward(ctx, normed, logits.template view<2>());
+    for (std::int64_t i = 0; i < config.vocab_size; ++i) processed.data()[i] = static_cast<float>(logits.data()[i]);
+    const std::int32_t token = sampler.sample(processed.span(), history_, rng_);
+    result.tokens.push_back(token);
+    pending_.push_back(token);
+    if (matcher.is_stop_token(token)) {
+      result.finish_reason = FinishReason::stop_token;
+      break;
+    }
+    if (stream) {
+      const std::string text = stream->push(token);
+      const StopMatcher::Output out = matcher.push(text);
+      emit(out.text);
+      if (out.stopped) {
+        result.finish_reason = FinishReason::stop_string;
+        break;
+      }
+    }
+  }
+  if (stream && result.finish_reason != FinishReason::stop_string) {
+    const std::string rest = stream->finish();
+    const StopMatcher::Output out = matcher.push(rest);
+    emit(out.text);
+    emit(matcher.finish());
+  }
+  result.timings.decode_seconds = seconds_since(start);
+  return result;
+}
+
+}  // namespace m2lm

@@ -1,0 +1,130 @@
+// Definitions of the non-template parts of models/model.hpp.
+// Floor: models. May include: core, ops, layers, parts, io, sampling.
+#pragma once
+
+#include <m2lm/io/file.hpp>
+#include <m2lm/models/model.hpp>
+
+#include <algorithm>
+#include <cstdio>
+
+namespace m2lm::detail {
+
+namespace files {
+
+/// The Jinja text of a checkpoint's chat template, wherever it is; empty if there is none.
+inline std::string chat_template_text(std::string_view directory) {
+  const std::string jinja = join_path(directory, "chat_template.jinja");
+  if (file_exists(jinja)) return read_file(jinja);
+  for (const char* name : {"chat_template.json", "tokenizer_config.json"}) {
+    const std::string path = join_path(directory, name);
+    if (!file_exists(path)) continue;
+    const ConfigValue file = ConfigValue::parse_file(path);
+    if (file.has_value("chat_template") && file["chat_template"].is_string()) return file.get<std::string>("chat_template");
+  }
+  return {};
+}
+
+/// "MemAvailable" of the system, capped by the memory that the control group leaves; 0 when it cannot be read.
+inline std::size_t available_memory() {
+  const auto number_in = [](const char* path, const char* key) -> std::size_t {
+    std::FILE* file = std::fopen(path, "r");
+    if (file == nullptr) return 0;
+    char line[256];
+    unsigned long long value = 0;
+    const std::string_view wanted = key;
+    while (std::fgets(line, sizeof(line), file))
+      if (std::string_view(line).starts_with(wanted) && std::sscanf(line + wanted.size(), "%llu", &value) == 1) break;
+    std::fclose(file);
+    return static_cast<std::size_t>(value);
+  };
+  std::size_t available = number_in("/proc/meminfo", "MemAvailable:") * 1024;
+  const std::size_t limit = number_in("/sys/fs/cgroup/memory.max", ""), used = number_in("/sys/fs/cgroup/memory.current", "");
+  if (limit > used && used > 0) available = std::min(available, limit - used);
+  return available;
+}
+
+}  // namespace files
+
+M2LM_IMPL ModelFiles open_model_files(std::string_view directory, std::string_view template_name) {
+  require<CheckpointError>(directory_exists(directory), "m2lm: there is no directory ", directory);
+  ModelFiles out;
+  out.directory = directory;
+  out.config = ConfigValue::parse_file(join_path(directory, "config.json"));
+  out.checkpoint = Checkpoint::open(directory);
+  try {
+    out.tokenizer = Tokenizer::from_directory(directory);
+  } catch (const CheckpointError& error) {
+    // Token ids still work without one; the reason is given when text is used.
+    out.tokenizer_error = error.what();
+  }
+  out.stop_tokens = read_stop_tokens(directory, out.config);
+  if (out.stop_tokens.empty() && out.tokenizer && out.tokenizer->eos()) out.stop_tokens.push_back(*out.tokenizer->eos());
+  if (!template_name.empty()) {
+    out.chat_template = &chat_template(template_name);
+    return out;
+  }
+  const std::string jinja = files::chat_template_text(directory);
+  const std::string model_type = out.config.get_or<std::string>("model_type", "");
+  const std::string text_type = out.config.has_value("text_config") ? out.config["text_config"].get_or<std::string>("model_type", "") : "";
+  const std::vector<std::string> architectures =
+      out.config.has_value("architectures") ? out.config.get_list<std::string>("architectures") : std::vector<std::string>{};
+  const std::string name = out.config.get_or<std::string>("_name_or_path", std::string(directory));
+  out.chat_template = &detect_chat_template(CheckpointFacts{.model_type = model_type, .text_model_type = text_type,
+                                                            .architecture = architectures.empty() ? std::string_view{} : std::string_view(architectures.front()),
+                                                            .name = name, .chat_template = jinja});
+  return out;
+}
+
+M2LM_IMPL void require_memory(std::string_view directory, std::size_t needed, std::size_t limit, DType format) {
+  const std::size_t available = limit ? limit : files::available_memory();
+  require<CapacityError>(available == 0 || needed <= available, "m2lm: the model in ", directory, " needs about ", needed >> 20, " MiB of memory in ",
+                         dtype_name(format), ", but ", available >> 20, " MiB are available; choose a smaller precision or free memory");
+}
+
+M2LM_IMPL std::optional<std::int32_t> placeholder_id(const ModelFiles& files, std::string_view component) {
+  if (component == "image")
+    for (const char* key : {"image_token_index", "image_token_id"})
+      if (files.config.has_value(key)) return files.config.get<std::int32_t>(key);
+  if (files.tokenizer) return files.tokenizer->token_id(concat("<", component, ">"));
+  return std::nullopt;
+}
+
+M2LM_IMPL TokenSequence expand_placeholders(std::span<const std::int32_t> ids, bool expanded, std::span<const PlaceholderUse> components) {
+  TokenSequence out;
+  std::vector<std::size_t> next(components.size(), 0);
+  // Given ids are expanded already if a component's placeholders are as many as its rows.
+  std::vector<bool> one_per_row(components.size(), false);
+  for (std::size_t c = 0; c < components.size(); ++c) {
+    std::int64_t rows = 0;
+    for (const std::int64_t r : components[c].rows) rows += r;
+    const std::int64_t found = components[c].id ? std::count(ids.begin(), ids.end(), *components[c].id) : 0;
+    const auto instances = static_cast<std::int64_t>(components[c].rows.size());
+    one_per_row[c] = expanded && found != instances && found == rows;
+    require<InputError>(found == instances || one_per_row[c], "m2lm: the prompt has ", found, " <", components[c].name, "> placeholders, but ", instances,
+                        " attached (", components[c].name, ")", found > instances ? "; attach one for each placeholder" : "; write one placeholder for each");
+  }
+  for (std::size_t i = 0; i < ids.size();) {
+    const auto use = std::find_if(components.begin(), components.end(), [&](const PlaceholderUse& c) { return c.id == ids[i]; });
+    if (use == components.end()) {
+      out.ids.push_back(ids[i++]);
+      continue;
+    }
+    const auto c = static_cast<std::size_t>(use - components.begin());
+    const std::size_t instance = next[c]++;
+    require<InputError>(instance < use->rows.size(), "m2lm: the <", use->name, "> placeholders of the token ids do not come in runs of the attached lengths");
+    const std::int64_t rows = use->rows[instance];
+    out.media.push_back({c, instance, static_cast<std::int64_t>(out.ids.size()), rows});
+    if (one_per_row[c]) {
+      for (std::int64_t r = 0; r < rows; ++r, ++i)
+        require<InputError>(i < ids.size() && ids[i] == *use->id, "m2lm: instance ", instance, " of <", use->name, "> takes ", rows,
+                            " placeholders in a row; the token ids have ", r);
+    } else {
+      ++i;
+    }
+    out.ids.insert(out.ids.end(), static_cast<std::size_t>(rows), *use->id);
+  }
+  return out;
+}
+
+}  // namespace m2lm::detail

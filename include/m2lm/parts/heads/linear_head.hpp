@@ -1,0 +1,36 @@
+// LinearHead: hidden states to logits over the vocabulary.
+// Floor: parts. May include: core, ops, layers.
+#pragma once
+
+#include <m2lm/layers/linear.hpp>
+
+namespace m2lm {
+
+/// Spec. Key: lm_head.weight, absent when the embedding table is tied.
+struct LinearHead {
+  template <class B, Precision P>
+  class On {
+    bool tied_ = false;
+
+   public:
+    Linear<B> linear;
+
+    On() = default;
+    On(std::int64_t hidden_size, std::int64_t vocab_size, bool tied) : tied_(tied), linear(hidden_size, vocab_size, false) {}
+
+    template <class V, class Self>
+    static void fields(V&& visit, Self& self) {
+      if (!self.tied_) visit("", self.linear);
+    }
+
+    void prepare(Context<B>& ctx, DType format, const AnyTensor& embedding_table) {
+      if (tied_) linear.weight.value = embedding_table;
+      linear.prepare(ctx, format);
+    }
+
+    /// logits = x·wᵀ. requires x [rows, hidden], logits [rows, vocabulary].
+    void forward(Context<B>& ctx, Matrix<const ScalarOf<B>> x, Matrix<ScalarOf<B>> logits) const { linear.forward(ctx, x, logits); }
+  };
+};
+
+}  // namespace m2lm
