@@ -368,7 +368,7 @@ M2LM_IMPL Tokenizer Tokenizer::from_directory(std::string_view directory) {
                              ", in tokenizer.model it has id ", known == state->ids.end() ? -1 : known->second);
     const auto index = static_cast<std::size_t>(id);
     if (index >= state->tokens.size()) state->tokens.resize(index + 1);
-    state->tokens[index] = {token.content, token.content, -1, token.special};
+    state->tokens[index] = {token.content, detail::replace_all(token.content, detail::space_mark, " "), -1, token.special};
     state->ids[token.content] = id;
     state->added[static_cast<unsigned char>(token.content[0])].push_back(token);
   }
