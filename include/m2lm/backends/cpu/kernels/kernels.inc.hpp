@@ -146,22 +146,16 @@ struct Bf16Tile {
 using Bf16Tile = Bf16WeightTile;
 #endif
 
-// rows <= tile_rows, any number of them.
+// Any number of rows, in tiles of tile_rows, then of 8, 4, 2 and 1 (few sizes: each is code to compile).
 template <class Tile, int Rows = tile_rows>
-inline void run_tile(int rows, const typename Tile::X* x, std::int64_t ldx, const typename Tile::W* w, std::int64_t k, float* c, std::int64_t ldc,
-                     bool accumulate) {
-  if (rows == Rows) {
-    Tile::template run<Rows>(x, ldx, w, k, c, ldc, accumulate);
-  } else if constexpr (Rows > 1) {
-    run_tile<Tile, Rows - 1>(rows, x, ldx, w, k, c, ldc, accumulate);
-  }
-}
-
-template <class Tile>
 inline void run_rows(std::int64_t rows, const typename Tile::X* x, std::int64_t ldx, const typename Tile::W* w, std::int64_t k, float* c,
                      std::int64_t ldc, bool accumulate) {
-  for (std::int64_t r = 0; r < rows; r += tile_rows)
-    run_tile<Tile>(static_cast<int>(rows - r < tile_rows ? rows - r : tile_rows), x + r * ldx, ldx, w, k, c + r * ldc, ldc, accumulate);
+  std::int64_t r = 0;
+  for (; r + Rows <= rows; r += Rows) Tile::template run<Rows>(x + r * ldx, ldx, w, k, c + r * ldc, ldc, accumulate);
+  if constexpr (Rows > 1) {
+    constexpr int next = Rows > 8 ? 8 : (Rows > 4 ? 4 : (Rows > 2 ? 2 : 1));
+    if (r < rows) run_rows<Tile, next>(rows - r, x + r * ldx, ldx, w, k, c + r * ldc, ldc, accumulate);
+  }
 }
 
 // ---- GEMM -----------------------------------------------------------------------------------------------------------------

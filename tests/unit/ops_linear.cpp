@@ -1,0 +1,337 @@
+// pack and linear: Cpu at every level and format, and Reference<float>, against Reference<double>.
+//
+// The bound on an output, with u = 2^-24 (unit roundoff of f32) and k inputs. The operands are exact in both computations: the
+// weights are rounded to the format before they are packed, and where a level rounds x to bf16 the oracle gets the rounded x.
+//   z = Σ x·w + b      k + 1 roundings at most:  |δz| ≤ (k + 2)·u·S, S = Σ |x|·|w| + |b|      (Higham, γ_k; twice that where a
+//                      product is rounded apart from its sum, as in the baseline, which has no fused multiply-add)
+//   f(z)               |δf| ≤ L·|δz| + 16·u·|z|: L = 1.2 bounds |f'| of every activation; 16 roundings: exp to 2 ulp, its argument
+//                      to 4 (times max |a|·σ(a)(1-σ(a)) < 1), one division, and erf's 1.5e-7/2 = 1.3 u
+//   f(z)·z'            |δ| ≤ |f|·|δz'| + |z'|·|δf| + |δf|·|δz'| + u·|f·z'|
+//   … + residual       + u·|y|
+// and 2^-126·k for products that underflow (the BF16 instruction flushes subnormals).
+#include <doctest/doctest.h>
+
+#include <m2lm/core.hpp>
+
+#include "ops_support.hpp"
+
+namespace {
+
+using namespace m2lm_test;
+
+constexpr std::array<Activation, 6> activations{Activation::none,      Activation::relu,       Activation::silu, Activation::gelu,
+                                                Activation::gelu_tanh, Activation::quick_gelu};
+
+struct Problem {
+  std::int64_t m = 0, n = 0, k = 0;  // n outputs
+  bool gated = false, bias = false, residual = false, alias = false;
+  std::int64_t extra = 0;  // columns between the rows of x, y and the residual
+  Activation activation = Activation::none;
+  std::int64_t first_rows = 0;  // rows of the first of two sources (not gated)
+
+  std::string string() const {
+    return concat("m=", m, " n=", n, " k=", k, " gated=", gated, " bias=", bias, " residual=", residual, " alias=", alias, " extra=", extra,
+                  " activation=", static_cast<int>(activation), " first=", first_rows);
+  }
+};
+
+struct Data {
+  Tensor<float> x, bias, residual;
+  std::vector<AnyTensor> sources;
+  Tensor<double> weight;  // all rows
+
+  Data(const Problem& p, DType format, Random& random) {
+    const std::int64_t rows = p.gated ? 2 * p.n : p.n;
+    x = random_tensor<float>(random, Shape{p.m, p.k});
+    bias = random_tensor<float>(random, Shape{1, rows});
+    residual = random_tensor<float>(random, Shape{p.m, p.n});
+    Tensor<float> w = random_tensor<float>(random, Shape{rows, p.k}, format);
+    weight = converted<double>(w);
+    const std::int64_t cut = p.gated ? p.n : p.first_rows;
+    const auto part = [&](std::int64_t begin, std::int64_t end) {
+      Tensor<float> t(Shape{end - begin, p.k});
+      std::copy(w.data() + begin * p.k, w.data() + end * p.k, t.data());
+      // In the checkpoint's own dtype: bf16 values come as bf16.
+      if (format == DType::f32) return AnyTensor(std::move(t));
+      Tensor<Bf16> b(t.shape());
+      for (std::int64_t i = 0; i < t.elements(); ++i) b.data()[i] = to_bf16(t.data()[i]);
+      return AnyTensor(std::move(b));
+    };
+    if (cut > 0) sources.push_back(part(0, cut));
+    if (cut < rows) sources.push_back(part(cut, rows));
+  }
+};
+
+struct Expected {
+  Tensor<double> value, bound;
+};
+
+/// Reference<double> on x (as the kernel sees it), and the bound derived above.
+Expected expected(const Problem& p, const Data& data, const Tensor<float>& x, double roundings_per_product) {
+  Runner<Reference<double>> reference;
+  const PackedMatrix w = ops::pack(reference.ctx, std::span<const AnyTensor>(data.sources), DType::f32, p.gated);
+  const Tensor<double> xd = converted<double>(x), bias = converted<double>(data.bias), residual = converted<double>(data.residual);
+  Expected e{Tensor<double>(Shape{p.m, p.n}), Tensor<double>(Shape{p.m, p.n})};
+  Epilogue<double> epilogue{.bias = p.bias ? bias.data() : nullptr, .activation = p.activation, .residual = {}};
+  if (p.residual) epilogue.residual = matrix(residual);
+  ops::linear(reference.ctx, matrix(xd), w, epilogue, e.value.view<2>());
+
+  const double chain = static_cast<double>(p.k) * roundings_per_product + 2;
+  for (std::int64_t i = 0; i < p.m; ++i)
+    for (std::int64_t j = 0; j < p.n; ++j) {
+      const auto product = [&](std::int64_t output) {
+        double z = p.bias ? bias.data()[output] : 0, s = std::abs(z);
+        for (std::int64_t c = 0; c < p.k; ++c) {
+          const double term = xd.data()[i * p.k + c] * data.weight.data()[output * p.k + c];
+          z += term;
+          s += std::abs(term);
+        }
+        return std::pair{z, chain * u32 * s + static_cast<double>(p.k) * 0x1.0p-126};
+      };
+      const auto [z, dz] = product(j);
+      double f = detail::apply_activation(p.activation, z);
+      double bound = p.activation == Activation::none ? dz : 1.2 * dz + 16 * u32 * std::abs(z);
+      if (p.gated) {
+        const auto [z2, dz2] = product(p.n + j);
+        bound = std::abs(f) * dz2 + std::abs(z2) * bound + bound * dz2 + u32 * std::abs(f * z2);
+        f *= z2;
+      }
+      e.bound.data()[i * p.n + j] = bound + u32 * std::abs(e.value.data()[i * p.n + j]);
+    }
+  return e;
+}
+
+template <class B>
+void check(Runner<B>& runner, const Problem& p, const Data& data, DType format, const Expected& e, const std::string& name) {
+  using S = ScalarOf<B>;
+  const PackedMatrix w = ops::pack(runner.ctx, std::span<const AnyTensor>(data.sources), format, p.gated);
+  CHECK(w.cols == p.k);
+  CHECK(w.rows == (p.gated ? 2 * p.n : p.n));
+  const S nan = std::numeric_limits<S>::quiet_NaN();
+  Strided<S> x(converted<S>(data.x), p.extra, nan), y(Shape{p.m, p.n}[0], p.n, p.extra, S(-77)), residual(converted<S>(data.residual), p.extra, nan);
+  const Tensor<S> bias = converted<S>(data.bias);
+  Epilogue<S> epilogue{.bias = p.bias ? bias.data() : nullptr, .activation = p.activation, .residual = {}};
+  if (p.residual && p.alias) {
+    for (std::int64_t i = 0; i < p.m; ++i)
+      for (std::int64_t j = 0; j < p.n; ++j) y.view()(i, j) = static_cast<S>(data.residual.data()[i * p.n + j]);
+    epilogue.residual = y.view();
+  } else if (p.residual) {
+    epilogue.residual = residual.view();
+  }
+  ops::linear(runner.ctx, Matrix<const S>(x.view()), w, epilogue, y.view());
+  Worst worst;
+  for (std::int64_t i = 0; i < p.m; ++i)
+    for (std::int64_t j = 0; j < p.n; ++j)
+      worst.add(static_cast<double>(y.view()(i, j)), e.value.data()[i * p.n + j], e.bound.data()[i * p.n + j], i, j);
+  CHECK_MESSAGE(worst.passed(), name, " ", p.string(), " at ", worst.where());
+  CHECK_MESSAGE(y.gaps_untouched(), name, " ", p.string(), ": wrote between the rows of y");
+}
+
+Tensor<float> as_seen(const Data& data, bool to_bf16_first) {
+  Tensor<float> x = data.x.clone();
+  if (to_bf16_first)
+    for (float& v : x.span()) v = rounded(v, DType::bf16);
+  return x;
+}
+
+void check_everywhere(const Problem& p, std::uint64_t seed) {
+  for (const DType format : formats) {
+    Random random(seed);
+    const Data data(p, format, random);
+    const Expected plain = expected(p, data, data.x, 2);
+    for (const IsaLevel level : levels()) {
+      Runner<Cpu> cpu(Cpu(CpuOptions{.threads = 2, .max_isa = level}));
+      CHECK(cpu.backend.isa() == level);
+      if (rounds_activations(level, format))
+        check(cpu, p, data, format, expected(p, data, as_seen(data, true), 1), label(level, format));
+      else
+        check(cpu, p, data, format, plain, label(level, format));
+    }
+    Runner<Reference<float>> reference;
+    check(reference, p, data, format, plain, "Reference<float>");
+  }
+}
+
+TEST_CASE("linear: random shapes, epilogues and strides") {
+  Random random(301);
+  for (int trial = 0; trial < 60; ++trial) {
+    Problem p;
+    p.m = random.size(65);
+    p.n = random.size(129);
+    p.k = random.size(193);
+    p.gated = random.integer(0, 3) == 0;
+    p.bias = random.coin();
+    p.residual = random.coin();
+    p.alias = random.coin();
+    p.extra = random.coin() ? random.integer(1, 9) : 0;
+    p.activation = activations[static_cast<std::size_t>(random.integer(0, 5))];
+    p.first_rows = p.gated ? 0 : random.integer(0, p.n);
+    check_everywhere(p, 1000 + static_cast<std::uint64_t>(trial));
+  }
+}
+
+TEST_CASE("linear: every activation, alone and gated, over the whole range of its argument") {
+  for (const Activation activation : activations)
+    for (const bool gated : {false, true}) {
+      Problem p{.m = 7, .n = 45, .k = 300, .gated = gated, .bias = true, .residual = false, .alias = false, .extra = 0, .activation = activation};
+      check_everywhere(p, 77);
+    }
+}
+
+TEST_CASE("linear: sizes of zero") {
+  for (const bool gated : {false, true}) {
+    check_everywhere({.m = 0, .n = 33, .k = 17, .gated = gated, .first_rows = 5}, 1);
+    check_everywhere({.m = 3, .n = 33, .k = 0, .gated = gated, .bias = true, .residual = true, .activation = Activation::gelu, .first_rows = 5}, 2);
+    check_everywhere({.m = 1, .n = 1, .k = 0, .gated = gated, .first_rows = 1}, 3);
+  }
+}
+
+TEST_CASE("linear: several k blocks and row blocks") {
+  check_everywhere({.m = 3, .n = 70, .k = 4099, .bias = true, .residual = true, .alias = true, .first_rows = 33}, 4);
+  check_everywhere({.m = 401, .n = 67, .k = 150, .gated = true, .bias = true, .extra = 3, .activation = Activation::silu}, 5);
+  check_everywhere({.m = 197, .n = 33, .k = 1031, .residual = true, .extra = 1, .activation = Activation::quick_gelu, .first_rows = 1}, 6);
+  check_everywhere({.m = 25, .n = 1100, .k = 769, .bias = true, .residual = true, .alias = true, .first_rows = 600}, 7);
+}
+
+TEST_CASE("linear: large and small arguments of the activations") {
+  // One input and weight 1: y = f(x), with x exact in bf16.
+  const std::vector<float> values{0.0F, -0.0F, 1e-30F, -1e-30F, 0.0078125F, 0.5F, -0.5F, 1.0F, -1.0F, 3.0F,  -3.0F,
+                                  5.5F, -5.5F, 20.0F,  -20.0F,  88.0F,      -88.0F, 200.0F, -200.0F, 60000.0F, -60000.0F};
+  for (const Activation activation : activations)
+    for (const IsaLevel level : levels())
+      for (const DType format : formats) {
+        Runner<Cpu> cpu(Cpu(CpuOptions{.threads = 1, .max_isa = level}));
+        Tensor<float> one(Shape{1, 1}), x(Shape{static_cast<std::int64_t>(values.size()), 1}), y(x.shape());
+        one.data()[0] = 1;
+        for (std::size_t i = 0; i < values.size(); ++i) x.data()[i] = rounded(values[i], DType::bf16);
+        const AnyTensor weight(std::move(one));
+        const PackedMatrix w = ops::pack(cpu.ctx, std::span(&weight, 1), format);
+        ops::linear(cpu.ctx, matrix(x), w, Epilogue<float>{.bias = nullptr, .activation = activation, .residual = {}}, y.view<2>());
+        Worst worst;
+        for (std::int64_t i = 0; i < x.elements(); ++i) {
+          const double z = static_cast<double>(x.data()[i]);
+          worst.add(static_cast<double>(y.data()[i]), detail::apply_activation(activation, z), 16 * u32 * std::abs(z) + 0x1.0p-126, i, 0);
+        }
+        CHECK_MESSAGE(worst.passed(), label(level, format), " activation ", static_cast<int>(activation), " at ", worst.where());
+      }
+}
+
+TEST_CASE("linear: a row has the same bits alone, in a batch, and on any number of threads") {
+  Random random(302);
+  for (int trial = 0; trial < 16; ++trial) {
+    Problem p;
+    p.m = trial == 0 ? 403 : random.size(129);
+    p.n = random.size(193);
+    p.k = trial == 1 ? 2051 : random.size(300);
+    p.gated = random.coin();
+    p.bias = p.residual = random.coin();
+    p.activation = activations[static_cast<std::size_t>(random.integer(0, 5))];
+    p.first_rows = p.gated ? 0 : p.n;
+    for (const DType format : formats) {
+      Random data_random(2000 + static_cast<std::uint64_t>(trial));
+      const Data data(p, format, data_random);
+      for (const IsaLevel level : levels()) {
+        Tensor<float> first(Shape{p.m, p.n});
+        for (const int threads : {1, 2, 3}) {
+          Runner<Cpu> cpu(Cpu(CpuOptions{.threads = threads, .max_isa = level}));
+          const PackedMatrix w = ops::pack(cpu.ctx, std::span<const AnyTensor>(data.sources), format, p.gated);
+          Tensor<float> y(Shape{p.m, p.n});
+          const auto run = [&](std::int64_t begin, std::int64_t end) {
+            Epilogue<float> epilogue{.bias = p.bias ? data.bias.data() : nullptr, .activation = p.activation, .residual = {}};
+            if (p.residual) epilogue.residual = matrix(data.residual).rows(begin, end);
+            ops::linear(cpu.ctx, matrix(data.x).rows(begin, end), w, epilogue, y.view<2>().rows(begin, end));
+          };
+          run(0, p.m);
+          if (threads == 1) first = y.clone();
+          CHECK_MESSAGE(same_bits(matrix(y), matrix(first)), label(level, format), " ", threads, " threads at once, ", p.string());
+          for (float& v : y.span()) v = -1;
+          for (std::int64_t i = 0; i < p.m; ++i) run(i, i + 1);
+          CHECK_MESSAGE(same_bits(matrix(y), matrix(first)), label(level, format), " ", threads, " threads, rows alone, ", p.string());
+          for (float& v : y.span()) v = -1;
+          for (std::int64_t i = 0; i < p.m;) {
+            const std::int64_t end = std::min(p.m, i + random.integer(1, 29));
+            run(i, end);
+            i = end;
+          }
+          CHECK_MESSAGE(same_bits(matrix(y), matrix(first)), label(level, format), " ", threads, " threads, chunks, ", p.string());
+        }
+      }
+    }
+  }
+}
+
+TEST_CASE("linear: the levels that compute alike agree bit by bit") {
+  // AVX2 and AVX-512 fuse multiply and add in the same order: f32 sums cannot differ.
+  if (default_isa() < IsaLevel::avx512) return;
+  Random random(303);
+  const Problem p{.m = 19, .n = 77, .k = 333, .first_rows = 40};
+  for (const DType format : formats) {
+    const Data data(p, format, random);
+    Tensor<float> y[2] = {Tensor<float>(Shape{p.m, p.n}), Tensor<float>(Shape{p.m, p.n})};
+    for (const int i : {0, 1}) {
+      Runner<Cpu> cpu(Cpu(CpuOptions{.threads = 1, .max_isa = i == 0 ? IsaLevel::avx2 : IsaLevel::avx512}));
+      const PackedMatrix w = ops::pack(cpu.ctx, std::span<const AnyTensor>(data.sources), format, p.gated);
+      ops::linear(cpu.ctx, matrix(data.x), w, {}, y[i].view<2>());
+    }
+    CHECK(same_bits(matrix(y[0]), matrix(y[1])));
+  }
+}
+
+TEST_CASE("pack: sources in f16 and f64, of rank 4, rounded to the format") {
+  Random random(304);
+  Tensor<float> values = random_tensor<float>(random, Shape{5, 3 * 2 * 2}, DType::bf16);
+  Tensor<Half> half(Shape{5, 3, 2, 2});
+  Tensor<double> wide(Shape{5, 3, 2, 2});
+  for (std::int64_t i = 0; i < values.elements(); ++i) {
+    half.data()[i] = to_half(values.data()[i]);
+    wide.data()[i] = static_cast<double>(values.data()[i]);
+  }
+  const Tensor<float> x = random_tensor<float>(random, Shape{4, 12}, DType::bf16);
+  const AnyTensor sources[] = {AnyTensor(std::move(half)), AnyTensor(std::move(wide)), AnyTensor(std::move(values))};
+  for (const DType format : formats) {
+    Runner<Cpu> cpu(Cpu(CpuOptions{.threads = 1, .max_isa = {}}));
+    const PackedMatrix w = ops::pack(cpu.ctx, std::span<const AnyTensor>(sources), format);
+    CHECK(w.rows == 15);
+    CHECK(w.cols == 12);
+    Tensor<float> y(Shape{4, 15});
+    ops::linear(cpu.ctx, matrix(x), w, {}, y.view<2>());
+    CHECK(same_bits<float>(matrix(y).columns(0, 5), matrix(y).columns(5, 10)));  // exact in f16, f64 and f32 alike
+    CHECK(same_bits<float>(matrix(y).columns(0, 5), matrix(y).columns(10, 15)));
+  }
+}
+
+template <class E, class F>
+std::string message_of(F&& f) {
+  try {
+    f();
+  } catch (const E& error) {
+    return error.what();
+  } catch (const std::exception& error) {
+    return std::string("another exception: ") + error.what();
+  }
+  return "no exception";
+}
+
+TEST_CASE("linear and pack: errors name both sides") {
+  Runner<Cpu> cpu(Cpu(CpuOptions{.threads = 1, .max_isa = {}}));
+  const AnyTensor a{Tensor<float>(Shape{4, 6})}, b{Tensor<float>(Shape{4, 7})}, c{Tensor<float>(Shape{5, 6})}, vector{Tensor<float>(Shape{6})};
+  const PackedMatrix w = ops::pack(cpu.ctx, std::span(&a, 1), DType::f32);
+  Tensor<float> x(Shape{2, 5}), x6(Shape{2, 6}), y(Shape{2, 4}), y3(Shape{3, 4});
+  const auto contains = [](const std::string& text, std::initializer_list<const char*> pieces) {
+    for (const char* piece : pieces)
+      CHECK_MESSAGE(text.find(piece) != std::string::npos, "\"", text, "\" lacks ", piece);
+  };
+  contains(message_of<ShapeError>([&] { ops::linear(cpu.ctx, matrix(x), w, {}, y.view<2>()); }), {"[2, 5]", "6 inputs"});
+  contains(message_of<ShapeError>([&] { ops::linear(cpu.ctx, matrix(x6), w, {}, y3.view<2>()); }), {"[3, 4]", "[2, 4]"});
+  contains(message_of<ShapeError>([&] {
+             ops::linear(cpu.ctx, matrix(x6), w, Epilogue<float>{.bias = nullptr, .activation = Activation::none, .residual = matrix(y3)}, y.view<2>());
+           }),
+           {"[3, 4]", "[2, 4]"});
+  const AnyTensor ab[] = {a, b}, ac[] = {a, c};
+  contains(message_of<ShapeError>([&] { ops::pack(cpu.ctx, std::span<const AnyTensor>(ab), DType::f32); }), {"[4, 7]", "[4, 6]"});
+  contains(message_of<ShapeError>([&] { ops::pack(cpu.ctx, std::span<const AnyTensor>(ac), DType::f32, true); }), {"same number of rows"});
+  contains(message_of<ShapeError>([&] { ops::pack(cpu.ctx, std::span(&vector, 1), DType::f32); }), {"[6]"});
+  contains(message_of<OptionError>([&] { ops::pack(cpu.ctx, std::span(&a, 1), DType::i8); }), {"i8", "f32 and bf16"});
+}
+
+}  // namespace

@@ -1,0 +1,174 @@
+// Shared by the tests of ops: random tensors with fixed seeds, the levels of this machine, and the comparison with a bound.
+#pragma once
+
+#include <doctest/doctest.h>
+
+#include <m2lm/core.hpp>
+
+#include <array>
+#include <cmath>
+#include <cstddef>
+#include <cstdint>
+#include <cstdio>
+#include <cstring>
+#include <limits>
+#include <span>
+#include <string>
+#include <utility>
+#include <vector>
+
+namespace m2lm_test {
+
+using namespace m2lm;
+
+/// Unit roundoff of f32 and bf16: half a unit in the last of 24 and of 8 significant bits.
+inline constexpr double u32 = 0x1.0p-24;
+inline constexpr double u16 = 0x1.0p-8;
+
+/// The levels that this machine (and M2LM_MAX_ISA, if it is set) allows.
+inline std::vector<IsaLevel> levels() {
+  std::vector<IsaLevel> out;
+  for (const IsaLevel level : {IsaLevel::baseline, IsaLevel::avx2, IsaLevel::avx512, IsaLevel::avx512_bf16})
+    if (level <= default_isa()) out.push_back(level);
+  return out;
+}
+
+inline constexpr std::array<DType, 2> formats{DType::f32, DType::bf16};
+
+/// True where a level's kernels round the activations of a bf16 product to bf16.
+inline bool rounds_activations(IsaLevel level, DType format) { return format == DType::bf16 && level == IsaLevel::avx512_bf16; }
+
+inline float rounded(float x, DType format) { return format == DType::bf16 ? to_float(to_bf16(x)) : x; }
+
+/// A generator of test data.
+class Random {
+  Rng rng_;
+
+ public:
+  explicit Random(std::uint64_t seed) : rng_(seed) {}
+
+  /// Uniform in [low, high].
+  std::int64_t integer(std::int64_t low, std::int64_t high) {
+    return low + static_cast<std::int64_t>(rng_.next() % static_cast<std::uint64_t>(high - low + 1));
+  }
+  bool coin() { return integer(0, 1) == 1; }
+  /// About normal: mean 0, variance 1, |x| < 3.5.
+  float value() {
+    double sum = -2;
+    for (int i = 0; i < 4; ++i) sum += rng_.uniform();
+    return static_cast<float>(sum * 1.7320508);
+  }
+  /// A size at which loops over vectors, tiles, panels and blocks begin or end, or any other.
+  std::int64_t size(std::int64_t largest) {
+    static constexpr std::int64_t edges[] = {1,  2,  3,  4,  5,  7,  8,  9,  11, 12, 13, 15, 16,  17,  23,  24,  25,
+                                             31, 32, 33, 37, 47, 48, 49, 61, 63, 64, 65, 96, 127, 128, 129, 191, 193};
+    for (;;) {
+      const std::int64_t n = integer(0, 3) == 0 ? integer(1, largest) : edges[static_cast<std::size_t>(integer(0, std::size(edges) - 1))];
+      if (n <= largest) return n;
+    }
+  }
+};
+
+template <class T>
+Tensor<T> random_tensor(Random& random, Shape shape, DType format = DType::f32, double scale = 1) {
+  Tensor<T> out(shape);
+  for (T& x : out.span()) x = static_cast<T>(rounded(random.value() * static_cast<float>(scale), format));
+  return out;
+}
+
+template <class To, class From>
+Tensor<To> converted(const Tensor<From>& from) {
+  Tensor<To> out(from.shape());
+  for (std::int64_t i = 0; i < from.elements(); ++i) out.data()[i] = static_cast<To>(from.data()[i]);
+  return out;
+}
+
+template <class T>
+Matrix<const T> matrix(const Tensor<T>& t) {
+  return t.template view<2>();
+}
+
+/// A matrix inside a wider buffer; the columns that belong to nobody hold `gap`.
+template <class T>
+class Strided {
+  Tensor<T> buffer_;
+  std::int64_t cols_;
+  T gap_;
+
+ public:
+  Strided(std::int64_t rows, std::int64_t cols, std::int64_t extra, T gap) : buffer_(Shape{rows, cols + extra}), cols_(cols), gap_(gap) {
+    for (T& x : buffer_.span()) x = gap;
+  }
+  Strided(const Tensor<T>& from, std::int64_t extra, T gap) : Strided(from.shape()[0], from.shape()[1], extra, gap) {
+    for (std::int64_t i = 0; i < from.shape()[0]; ++i)
+      for (std::int64_t j = 0; j < cols_; ++j) view()(i, j) = from.data()[i * cols_ + j];
+  }
+  Matrix<T> view() { return buffer_.template view<2>().columns(0, cols_); }
+  /// Whether nothing was written outside the matrix.
+  bool gaps_untouched() const {
+    const std::int64_t stride = buffer_.shape()[1];
+    for (std::int64_t i = 0; i < buffer_.shape()[0]; ++i)
+      for (std::int64_t j = cols_; j < stride; ++j)
+        if (std::memcmp(&buffer_.data()[i * stride + j], &gap_, sizeof(T)) != 0) return false;
+    return true;
+  }
+};
+
+/// The largest |got - expected| / bound over all elements (a NaN counts as infinite); passed when it is at most 1.
+class Worst {
+  double ratio_ = 0;
+  std::string where_;
+
+ public:
+  void add(double got, double expected, double bound, std::int64_t i, std::int64_t j) {
+    const double error = std::abs(got - expected);
+    const double ratio = error == 0 ? 0 : !(error <= std::numeric_limits<double>::max()) ? HUGE_VAL : error / bound;
+    if (ratio <= ratio_) return;
+    ratio_ = ratio;
+    char text[160];
+    std::snprintf(text, sizeof(text), "(%lld, %lld): %.9g instead of %.9g, bound %.3g", static_cast<long long>(i), static_cast<long long>(j), got,
+                  expected, bound);
+    where_ = text;
+  }
+  bool passed() const { return ratio_ <= 1; }
+  double ratio() const { return ratio_; }
+  const std::string& where() const { return where_; }
+};
+
+template <class T>
+bool same_bits(Matrix<const T> a, Matrix<const T> b) {
+  if (a.shape() != b.shape()) return false;
+  for (std::int64_t i = 0; i < a.extent(0); ++i)
+    if (std::memcmp(a.row(i), b.row(i), static_cast<std::size_t>(a.extent(1)) * sizeof(T)) != 0) return false;
+  return true;
+}
+
+/// A backend with its context and arena.
+template <class B>
+struct Runner {
+  B backend;
+  Arena arena;
+  Context<B> ctx{backend, arena};
+  explicit Runner(B b = B{}) : backend(std::move(b)) {}
+  Runner(const Runner&) = delete;
+  Runner& operator=(const Runner&) = delete;
+};
+
+inline std::string label(IsaLevel level, DType format) { return concat(isa_name(level), " ", dtype_name(format)); }
+
+/// Keys and values of one layer with their memory. Never moved: the views point into it.
+template <class B>
+struct Cache {
+  std::vector<std::byte> keys, values;
+  KeyValues kv;
+  Cache(Context<B>& ctx, DType format, std::int64_t kv_heads, std::int64_t head_dim, std::int64_t capacity) {
+    const KeyValuesPlan plan = ops::plan_key_values(ctx, format, kv_heads, head_dim, capacity);
+    keys.resize(plan.bytes);
+    values.resize(plan.bytes);
+    kv = {format, kv_heads, head_dim, plan.capacity, keys.data(), values.data()};
+  }
+  Cache(const Cache&) = delete;
+  Cache& operator=(const Cache&) = delete;
+};
+
+}  // namespace m2lm_test
