@@ -582,7 +582,8 @@ Generation BasicSession<M>::generate(const typename M::PromptType& prompt, const
       result.finish_reason = FinishReason::stop_token;
       break;
     }
-    if (stream) {
+    // A vocabulary may be padded: an id behind the tokenizer's last has no text.
+    if (stream && token < state.files.tokenizer->vocab_size()) {
       const std::string text = stream->push(token);
       const StopMatcher::Output out = matcher.push(text);
       emit(out.text);

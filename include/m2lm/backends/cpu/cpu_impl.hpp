@@ -113,7 +113,7 @@ M2LM_IMPL void cpu_linear(const Cpu& cpu, Arena& arena, Matrix<const float> x, c
   }
   const std::size_t scratch_bytes = kernels.gemm_scratch();
   std::byte* scratch = arena.take<std::byte>(static_cast<std::int64_t>(scratch_bytes) * parts);
-  constexpr std::int64_t worth_a_barrier = 1 << 15;
+  constexpr std::int64_t worth_a_barrier = 1 << 18;  // products: some microseconds of one thread
   if (m * w.rows * w.cols < worth_a_barrier) {
     kernels.gemm(job, 0, 1, scratch);
     return;
@@ -172,7 +172,7 @@ M2LM_IMPL void cpu_attention(const Cpu& cpu, Arena& arena, Matrix<const float> q
                          .keys = keys, .first = first, .mask = mask, .scale = static_cast<float>(scale), .y = y.data(), .ldy = y.stride(0)};
   const std::size_t scratch_bytes = kernels.attention_scratch(kv.head_dim);
   std::byte* scratch = arena.take<std::byte>(static_cast<std::int64_t>(scratch_bytes) * parts);
-  constexpr std::int64_t worth_a_barrier = 1 << 15;
+  constexpr std::int64_t worth_a_barrier = 1 << 17;
   if (q.elements() * keys < worth_a_barrier) {
     kernels.attention(job, 0, 1, scratch);
     return;
