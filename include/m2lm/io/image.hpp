@@ -42,8 +42,8 @@ void save_png(std::string_view path, const Image& image);
 /// The filters of Pillow's Image.resize. `nearest` takes the pixel under the centre; the others are antialiased.
 enum class Resample : std::uint8_t { nearest, box, bilinear, bicubic, lanczos };
 
-/// Bit-equal to Pillow's Image.resize((width, height), filter) on RGB images: a horizontal, then a vertical pass with 8-bit values
-/// between them and 22-bit fixed-point coefficients. requires width, height > 0 and a non-empty image. throws InputError.
+/// Bit-equal to the Image.resize((width, height), filter) of Pillow 13 on RGB images: two passes with 8-bit values between them and
+/// 22-bit fixed-point coefficients; the vertical pass is the first when the height loses over twice the pixels the width loses. requires width, height > 0 and a non-empty image. throws InputError.
 Image resize(const Image& image, std::int64_t width, std::int64_t height, Resample filter = Resample::bicubic);
 
 /// The middle of the image; where it is smaller than asked, it lies in the middle of black, as in transformers' center_crop.

@@ -63,15 +63,12 @@ M2LM_IMPL Image decode_image(std::span<const std::byte> bytes, std::string_view 
   require<InputError>(!format.empty(), name, ": is not an image in a known format; JPEG, PNG, BMP, GIF and binary PNM are read");
   const auto* data = reinterpret_cast<const unsigned char*>(bytes.data());
   const int size = static_cast<int>(bytes.size());
-  const auto reason = [] {
-    const char* text = detail::stb::stbi_failure_reason();
-    return text ? std::string(text) : std::string("unknown reason");
-  };
+  const bool supported = format == "PNG" || format == "JPEG" || format == "GIF" || format == "BMP" || format == "PNM";
+  require<InputError>(supported, name, ": the image format ", format, " is not supported; JPEG, PNG, BMP, GIF and binary PNM are");
   int width = 0, height = 0, channels = 0;
   if (!detail::stb::stbi_info_from_memory(data, size, &width, &height, &channels)) {
-    if (reason() == "unknown image type")
-      throw InputError(concat(name, ": the image format ", format, " is not supported; JPEG, PNG, BMP, GIF and binary PNM are"));
-    throw InputError(concat(name, ": the ", format, " image cannot be read: ", reason(), "; the file is damaged or truncated"));
+    // stb tries all formats in turn and keeps the reason of the last only.
+    throw InputError(concat(name, ": the ", format, " image cannot be read: its header is damaged, truncated or promises too many pixels"));
   }
   require<InputError>(width > 0 && height > 0, name, ": the image is empty (", detail::size_string(width, height), ")");
   require<InputError>(width <= limits.max_width && height <= limits.max_height && height <= limits.max_pixels / width, name,
@@ -84,7 +81,11 @@ M2LM_IMPL Image decode_image(std::span<const std::byte> bytes, std::string_view 
       clipped ? static_cast<void*>(detail::stb::stbi_load_16_from_memory(data, size, &width, &height, &channels, 1))
               : detail::stb::stbi_load_from_memory(data, size, &width, &height, &channels, 3),
       release);
-  if (!decoded) throw InputError(concat(name, ": the ", format, " image cannot be read: ", reason(), "; the file is damaged or truncated"));
+  if (!decoded) {
+    const char* reason = detail::stb::stbi_failure_reason();
+    throw InputError(concat(name, ": the ", format, " image cannot be read: ", reason ? reason : "unknown reason",
+                            "; the file is damaged or truncated"));
+  }
   Image out;
   out.width = width;
   out.height = height;
@@ -204,6 +205,55 @@ M2LM_IMPL std::uint8_t fixed_to_byte(std::int32_t sum) {
   return static_cast<std::uint8_t>(std::clamp(sum >> resample_bits, 0, 255));
 }
 
+/// Source positions [begin, end) that `taps` read.
+struct ResampleRange {
+  std::int64_t begin = 0, end = 0;
+};
+M2LM_IMPL ResampleRange taps_range(const ResampleTaps& taps) {
+  ResampleRange out{taps.first[0], 0};
+  for (std::size_t i = 0; i < taps.first.size(); ++i) {
+    out.begin = std::min(out.begin, taps.first[i]);
+    out.end = std::max(out.end, taps.first[i] + taps.taps[i]);
+  }
+  return out;
+}
+
+M2LM_IMPL std::int32_t resample_half() { return M2LM_FAULT(6) ? 0 : 1 << (resample_bits - 1); }
+
+/// Each row of `source` (`source_width` pixels, of which the first is number `first` of the picture) through the taps.
+M2LM_IMPL void resample_across(const std::uint8_t* source, std::int64_t source_width, std::int64_t first, std::int64_t rows,
+                               const ResampleTaps& taps, std::uint8_t* target) {
+  for (std::int64_t r = 0; r < rows; ++r, source += 3 * source_width)
+    for (std::size_t c = 0; c < taps.first.size(); ++c, target += 3) {
+      const std::uint8_t* p = source + 3 * (taps.first[c] - first);
+      const std::int32_t* w = taps.weights.data() + static_cast<std::int64_t>(c) * taps.stride;
+      std::int32_t red = resample_half(), green = red, blue = red;
+      for (std::int64_t k = 0; k < taps.taps[c]; ++k, p += 3) {
+        red += w[k] * p[0];
+        green += w[k] * p[1];
+        blue += w[k] * p[2];
+      }
+      target[0] = fixed_to_byte(red);
+      target[1] = fixed_to_byte(green);
+      target[2] = fixed_to_byte(blue);
+    }
+}
+
+/// The first `columns` pixels of rows that lie `source_width` pixels apart, of which the first is number `first` of the picture.
+M2LM_IMPL void resample_down(const std::uint8_t* source, std::int64_t source_width, std::int64_t first, std::int64_t columns,
+                             const ResampleTaps& taps, std::uint8_t* target) {
+  std::vector<std::int32_t> sums(static_cast<std::size_t>(3 * columns));  // a row at a time, so that memory is read in order
+  for (std::size_t r = 0; r < taps.first.size(); ++r) {
+    std::fill(sums.begin(), sums.end(), resample_half());
+    for (std::int64_t k = 0; k < taps.taps[r]; ++k) {
+      const std::int32_t w = taps.weights[static_cast<std::size_t>(static_cast<std::int64_t>(r) * taps.stride + k)];
+      const std::uint8_t* p = source + 3 * (taps.first[r] + k - first) * source_width;
+      for (std::size_t i = 0; i < sums.size(); ++i) sums[i] += w * p[i];
+    }
+    for (const std::int32_t sum : sums) *target++ = fixed_to_byte(sum);
+  }
+}
+
 /// Columns [x, x + columns) and rows [y, y + rows) of the image resized to width x height; nothing outside is computed.
 M2LM_IMPL Image resize_part(const Image& image, std::int64_t width, std::int64_t height, std::int64_t x, std::int64_t y,
                             std::int64_t columns, std::int64_t rows, Resample filter) {
@@ -215,62 +265,41 @@ M2LM_IMPL Image resize_part(const Image& image, std::int64_t width, std::int64_t
       for (const std::int64_t sx : xs) target = std::copy_n(image.pixels.data() + 3 * (sy * image.width + sx), 3, target);
     return out;
   }
-  const std::int32_t half = M2LM_FAULT(6) ? 0 : 1 << (resample_bits - 1);
+  // An axis that keeps its length is not filtered.
+  const bool across = width != image.width, down = height != image.height;
+  const ResampleTaps across_taps = across ? resample_taps(image.width, width, x, columns, filter) : ResampleTaps{};
+  const ResampleTaps down_taps = down ? resample_taps(image.height, height, y, rows, filter) : ResampleTaps{};
+  const ResampleRange source_columns = across ? taps_range(across_taps) : ResampleRange{x, x + columns};
+  const ResampleRange source_rows = down ? taps_range(down_taps) : ResampleRange{y, y + rows};
+  const std::int64_t needed_columns = source_columns.end - source_columns.begin, needed_rows = source_rows.end - source_rows.begin;
+  const std::uint8_t* source = image.pixels.data() + 3 * (source_rows.begin * image.width + source_columns.begin);
+  std::uint8_t* target = out.pixels.data();
 
-  // Rows of the source that the vertical pass reads.
-  const bool vertical = height != image.height, horizontal = width != image.width;
-  ResampleTaps down;
-  std::int64_t first_row = y, end_row = y + rows;
-  if (vertical) {
-    down = resample_taps(image.height, height, y, rows, filter);
-    first_row = *std::min_element(down.first.begin(), down.first.end());
-    for (std::size_t i = 0; i < down.first.size(); ++i) end_row = std::max(i ? end_row : 0, down.first[i] + down.taps[i]);
-  }
-  const std::int64_t source_rows = end_row - first_row;
-  require<InputError>(source_rows <= max_image_pixels / columns, "m2lm::resize: from ", size_string(image.width, image.height), " to ",
-                      size_string(width, height), " goes through more than 2^28 pixels");
-
-  // Horizontal pass: [source_rows, columns].
-  std::vector<std::uint8_t> middle(static_cast<std::size_t>(3 * source_rows * columns));
-  if (horizontal) {
-    const ResampleTaps across = resample_taps(image.width, width, x, columns, filter);
-    for (std::int64_t r = 0; r < source_rows; ++r) {
-      const std::uint8_t* source = image.pixels.data() + 3 * (first_row + r) * image.width;
-      std::uint8_t* target = middle.data() + 3 * r * columns;
-      for (std::size_t c = 0; c < across.first.size(); ++c, target += 3) {
-        const std::uint8_t* p = source + 3 * across.first[c];
-        const std::int32_t* w = across.weights.data() + static_cast<std::int64_t>(c) * across.stride;
-        std::int32_t red = half, green = half, blue = half;
-        for (std::int64_t k = 0; k < across.taps[c]; ++k, p += 3) {
-          red += w[k] * p[0];
-          green += w[k] * p[1];
-          blue += w[k] * p[2];
-        }
-        target[0] = fixed_to_byte(red);
-        target[1] = fixed_to_byte(green);
-        target[2] = fixed_to_byte(blue);
-      }
-    }
-  } else {
-    for (std::int64_t r = 0; r < source_rows; ++r)
-      std::copy_n(image.pixels.data() + 3 * ((first_row + r) * image.width + x), 3 * columns, middle.data() + 3 * r * columns);
-  }
-  if (!vertical) {
-    out.pixels = std::move(middle);
+  if (!across && !down) {
+    for (std::int64_t r = 0; r < rows; ++r) std::copy_n(source + 3 * r * image.width, 3 * columns, target + 3 * r * columns);
     return out;
   }
-
-  // Vertical pass, a row of sums at a time so that memory is read in order.
-  std::vector<std::int32_t> sums(static_cast<std::size_t>(3 * columns));
-  for (std::size_t r = 0; r < down.first.size(); ++r) {
-    std::fill(sums.begin(), sums.end(), half);
-    for (std::int64_t k = 0; k < down.taps[r]; ++k) {
-      const std::int32_t w = down.weights[static_cast<std::size_t>(static_cast<std::int64_t>(r) * down.stride + k)];
-      const std::uint8_t* source = middle.data() + 3 * (down.first[r] + k - first_row) * columns;
-      for (std::size_t i = 0; i < sums.size(); ++i) sums[i] += w * source[i];
-    }
-    std::uint8_t* target = out.pixels.data() + 3 * static_cast<std::int64_t>(r) * columns;
-    for (std::size_t i = 0; i < sums.size(); ++i) target[i] = fixed_to_byte(sums[i]);
+  if (!down) {
+    resample_across(source, image.width, source_columns.begin, rows, across_taps, target);
+    return out;
+  }
+  if (!across) {
+    resample_down(source, image.width, source_rows.begin, columns, down_taps, target);
+    return out;
+  }
+  // The order matters, because the values between the passes are rounded to 8 bits. Pillow 13 begins with the vertical pass when
+  // the height loses more than twice the pixels that the width loses; Pillow 12 and older always began with the horizontal one.
+  const bool down_first = height < image.height && image.height - height > 2 * (image.width - width);
+  const std::int64_t middle_width = down_first ? needed_columns : columns, middle_rows = down_first ? rows : needed_rows;
+  require<InputError>(middle_rows <= max_image_pixels / middle_width, "m2lm::resize: from ", size_string(image.width, image.height), " to ",
+                      size_string(width, height), " goes through more than 2^28 pixels");
+  std::vector<std::uint8_t> middle(static_cast<std::size_t>(3 * middle_rows * middle_width));
+  if (down_first) {
+    resample_down(source, image.width, source_rows.begin, needed_columns, down_taps, middle.data());
+    resample_across(middle.data(), needed_columns, source_columns.begin, rows, across_taps, target);
+  } else {
+    resample_across(source, image.width, source_columns.begin, needed_rows, across_taps, middle.data());
+    resample_down(middle.data(), columns, source_rows.begin, columns, down_taps, target);
   }
   return out;
 }
