@@ -177,12 +177,32 @@ class BasicSession {
   std::vector<std::int32_t> pending_;  // chosen, but not yet seen by the decoder
   bool answered_ = false;
 
+  /// Puts a session back where it stood, unless `done`.
+  struct Restore {
+    BasicSession& session;
+    std::int64_t length = session.cache_.length();
+    std::size_t ids = session.history_.size();
+    std::vector<std::int32_t> pending = session.pending_;
+    Rng rng = session.rng_;
+    bool seeded = session.seeded_, answered = session.answered_, done = false;
+
+    ~Restore() {
+      if (done) return;
+      session.cache_.truncate(length);
+      session.history_.resize(ids);
+      session.pending_ = std::move(pending);
+      session.rng_ = rng;
+      session.seeded_ = seeded;
+      session.answered_ = answered;
+    }
+  };
+
  public:
   BasicSession(M model, const SessionOptions& options);
 
   /// Answers the prompt. A chat prompt after the first is the next turn: what the cache holds is not computed again.
-  /// throws CapacityError naming both lengths when prompt and answer do not fit in the context (nothing is changed then),
-  /// InputError for a prompt that does not fit the model.
+  /// throws CapacityError naming both lengths when the prompt does not fit in the context, or the answer grows beyond it; InputError
+  /// for a prompt that does not fit the model; what `on_text` throws. The session is then as it was before the call.
   Generation generate(const typename M::PromptType& prompt, const GenerateOptions& options = {});
 
   /// Positions in the cache.
@@ -303,6 +323,11 @@ auto Model<B, P, D, C...>::embed_media(Context<B>& ctx, const PromptType& prompt
         require<InputError>(given->has_value() && given->shape().rank() == 2 && given->shape()[1] == hidden, "m2lm: the embeddings attached to <", name,
                             "> are ", given->shape().string(), ", expected [tokens, ", hidden, "]");
         instances.push_back(detail::converted<Scalar>(*given));
+        const auto is_finite = [](Scalar x) { return x - x == Scalar(0); };
+        const std::span<const Scalar> values = instances.back().span();
+        const auto bad = std::find_if_not(values.begin(), values.end(), is_finite) - values.begin();
+        require<InputError>(bad == static_cast<std::ptrdiff_t>(values.size()), "m2lm: the embeddings attached to <", name, "> hold NaN or infinity in row ",
+                            bad / std::max<std::int64_t>(1, hidden));
       } else {
         instances.push_back(component.encode(ctx, std::get<0>(attachment), hidden));
       }
@@ -489,6 +514,7 @@ Generation BasicSession<M>::generate(const typename M::PromptType& prompt, const
   Context<B> ctx{model_.backend(), arena_, &state.decoder.embed_tokens.weight.value};
   require<OptionError>(options.max_new_tokens >= 0, "m2lm: max_new_tokens = ", options.max_new_tokens, " is negative");
   Sampler sampler(options.sampling(), config.vocab_size);
+  Restore restore{*this};
   if (!seeded_ || options.seed != 0) rng_ = Rng(options.seed);
   seeded_ = true;
   Generation result;
@@ -600,6 +626,7 @@ Generation BasicSession<M>::generate(const typename M::PromptType& prompt, const
     emit(matcher.finish());
   }
   result.timings.decode_seconds = seconds_since(start);
+  restore.done = true;
   return result;
 }
 
