@@ -2,7 +2,6 @@
 // Floor: testing. May include: config, core, ops, layers, parts, io, sampling, models, train.
 #pragma once
 
-#include <m2lm/backends/reference/reference.hpp>
 #include <m2lm/core/rng.hpp>
 #include <m2lm/io/config.hpp>
 #include <m2lm/io/file.hpp>
@@ -48,6 +47,12 @@ inline ClipVisionConfig small_clip() {
 }
 
 namespace detail {
+
+/// A backend of parts that are only listed, never run.
+struct Unused {
+  using Scalar = float;
+  using Memory = HostMemory;
+};
 
 /// Value of all elements of a parameter: 1 + noise for norms, noise for the rest, scaled so that activations keep their size.
 inline Tensor<float> random_parameter(std::string_view name, const Shape& shape, Rng& rng) {
@@ -103,7 +108,7 @@ inline void write_llama_keys(JsonWriter& json, const LlamaConfig& c) {
 inline void write_synthetic_llama(std::string_view directory, const LlamaConfig& config = small_llama(), std::uint64_t seed = 1, DType dtype = DType::f32) {
   Rng rng(seed);
   std::vector<NamedTensor> tensors;
-  detail::append_random(tensors, LlamaDecoder<>::On<Reference<float>, Precision{}>(config), "", rng, dtype);
+  detail::append_random(tensors, LlamaDecoder<>::On<detail::Unused, Precision{}>(config), "", rng, dtype);
   write_safetensors(join_path(directory, "model.safetensors"), tensors);
   JsonWriter json;
   json.begin_object().key("architectures").begin_array().value(config.sliding_window > 0 ? "MistralForCausalLM" : "LlamaForCausalLM").end_array();
@@ -117,10 +122,10 @@ inline void write_synthetic_llava(std::string_view directory, const LlamaConfig&
                                   std::uint64_t seed = 1, DType dtype = DType::f32) {
   Rng rng(seed);
   std::vector<NamedTensor> tensors;
-  detail::append_random(tensors, LlamaDecoder<>::On<Reference<float>, Precision{}>(text), "", rng, dtype);
-  detail::append_random(tensors, ClipVit<>::On<Reference<float>, Precision{}>(vision), "vision_tower", rng, dtype);
+  detail::append_random(tensors, LlamaDecoder<>::On<detail::Unused, Precision{}>(text), "", rng, dtype);
+  detail::append_random(tensors, ClipVit<>::On<detail::Unused, Precision{}>(vision), "vision_tower", rng, dtype);
   const ProjectorConfig projector{.input_width = vision.hidden_size, .output_width = text.hidden_size};
-  detail::append_random(tensors, MlpProjector<2>::On<Reference<float>, Precision{}>(projector), "multi_modal_projector", rng, dtype);
+  detail::append_random(tensors, MlpProjector<2>::On<detail::Unused, Precision{}>(projector), "multi_modal_projector", rng, dtype);
   for (NamedTensor& t : tensors)
     if (t.name.starts_with("model.") || t.name.starts_with("lm_head.")) t.name = "language_model." + t.name;
   write_safetensors(join_path(directory, "model.safetensors"), tensors);
