@@ -1,37 +1,41 @@
 #!/usr/bin/env python3
-"""No instruction of a higher level outside that level's namespace, in object files that were compiled without -march.
+"""No instruction of a higher level outside that level's namespace, in files that were compiled without -march.
 
 An inline function that a target region compiles by accident would be merged by the linker with the same function of other
 files, and stop a machine that lacks the instruction. Reads the disassembly: VEX code only in functions of cpu_avx2 and above,
-AVX-512 registers only in those of cpu_avx512*.
+AVX-512 registers only in those of cpu_avx512*. Give it linked programs: objdump takes a minute for one large unlinked file.
 """
 
 import re
 import subprocess
 import sys
 
-AVX512 = re.compile(r"%zmm|%k[0-7]\b|%[xy]mm(1[6-9]|2\d|3[01])\b")
-VEX = re.compile(r"\t(v(?!err\b|erw\b)[a-z]\w+|andn|bextr|bls\w+|bzhi|mulx|pdep|pext|rorx|s[ahr][lr]x)\b")
+AVX512_REGISTER = re.compile(r"%zmm|%k[0-7]\b|%[xy]mm(1[6-9]|2\d|3[01])\b")
+BMI = {"andn", "bextr", "blsi", "blsmsk", "blsr", "bzhi", "mulx", "pdep", "pext", "rorx", "sarx", "shlx", "shrx"}
 
 
-def allowed(function):
-    if "cpu_avx512" in function:
-        return None
-    return AVX512 if "cpu_avx2" in function else VEX
+def is_vex(instruction):
+    mnemonic = instruction.partition(" ")[0]
+    return (mnemonic[0] == "v" and mnemonic not in {"verr", "verw"}) or mnemonic.rstrip("lq") in BMI
+
+
+def is_avx512(instruction):
+    return AVX512_REGISTER.search(instruction) is not None
 
 
 def leaks(objects):
+    """Pairs of a function and an instruction that it must not have."""
     listing = subprocess.run(["objdump", "--disassemble", "--no-show-raw-insn", *objects], capture_output=True, text=True, check=True)
-    function, seen = "", False
+    function, forbidden, seen = "", is_vex, False
     for line in listing.stdout.splitlines():
-        header = re.match(r"[0-9a-f]+ <(.+)>:$", line)
-        if header:
-            function = header.group(1)
+        if line.startswith(" "):  # "  address:\tinstruction"
+            instruction = line.partition("\t")[2]
+            if forbidden and instruction and forbidden(instruction):
+                yield function, instruction.strip()
+        elif line.endswith(">:"):  # "address <function>:"
+            function = line.partition("<")[2][:-2]
+            forbidden = None if "cpu_avx512" in function else is_avx512 if "cpu_avx2" in function else is_vex
             seen = seen or "cpu_avx" in function
-        else:
-            forbidden = allowed(function)
-            if forbidden and forbidden.search(line):
-                yield function, line.split("\t", 1)[-1].strip()
     if not seen:
         yield "no function of a higher level at all", "is the library in these files?"
 

@@ -1,0 +1,3 @@
+#include <odr/report.hpp>
+
+int main() { return baseline::report().layout.empty() ? 1 : 0; }
