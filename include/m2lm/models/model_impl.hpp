@@ -83,9 +83,10 @@ M2LM_IMPL void require_memory(std::string_view directory, std::size_t needed, st
 }
 
 M2LM_IMPL std::optional<std::int32_t> placeholder_id(const ModelFiles& files, std::string_view component) {
-  if (component == "image")
-    for (const char* key : {"image_token_index", "image_token_id"})
-      if (files.config.has_value(key)) return files.config.get<std::int32_t>(key);
+  for (const char* suffix : {"_token_index", "_token_id"}) {
+    const std::string key = concat(component, suffix);
+    if (files.config.has_value(key)) return files.config.get<std::int32_t>(key);
+  }
   if (files.tokenizer) return files.tokenizer->token_id(concat("<", component, ">"));
   return std::nullopt;
 }
