@@ -193,6 +193,11 @@ TEST_CASE("budgets and session options") {
   CHECK(none.timings.prefill_tokens == 5);
   CHECK(model.generate(prompt, {.max_new_tokens = 1, .ignore_eos = true}).tokens.size() == 1);
   CHECK(has(message_of<m2lm::OptionError>([&] { model.generate(prompt, {.max_new_tokens = -1}); }), "max_new_tokens = -1"));
+  // "As long as it takes": the context is the limit, and nothing is reserved beyond it.
+  constexpr std::int64_t unbounded = std::numeric_limits<std::int64_t>::max();
+  CHECK(has(message_of<m2lm::CapacityError>([&] { model.generate(prompt, {.max_new_tokens = unbounded, .ignore_eos = true}); }), "holds 256"));
+  const auto first = model.generate(prompt, {.max_new_tokens = 1, .ignore_eos = true}).tokens;
+  CHECK(model.generate(prompt, {.max_new_tokens = unbounded, .stop_tokens = first}).tokens == first);
   for (const std::int64_t positions : {std::int64_t{-1}, std::int64_t{257}}) {
     const std::string message = message_of<m2lm::OptionError>([&] { model.session({.max_positions = positions}); });
     CHECK_MESSAGE(has(message, std::to_string(positions)), message);

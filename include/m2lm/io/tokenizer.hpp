@@ -54,17 +54,22 @@ class TokenStream {
   Tokenizer tokenizer_;
   bool skip_special_;
   bool first_ = true;
-  std::string bytes_;
+  std::string bytes_;  // of an unfinished run of byte pieces
+  std::string text_;   // what the last call returned
 
  public:
-  explicit TokenStream(const Tokenizer& tokenizer, bool skip_special = true) : tokenizer_(tokenizer), skip_special_(skip_special) {}
-  /// The text that became certain with this token; often empty in the middle of a character.
-  std::string push(std::int32_t id);
-  /// The rest, at the end of the text. The stream then starts anew.
-  std::string finish();
+  explicit TokenStream(const Tokenizer& tokenizer, bool skip_special = true) : tokenizer_(tokenizer), skip_special_(skip_special) {
+    bytes_.reserve(usual_bytes);
+    text_.reserve(3 * usual_bytes);
+  }
+  /// The text that became certain with this token, valid until the next call; often empty in the middle of a character.
+  const std::string& push(std::int32_t id);
+  /// The rest, at the end of the text, valid until the next call. The stream then starts anew.
+  const std::string& finish();
 
  private:
-  std::string flush();
+  static constexpr std::size_t usual_bytes = 128;  // so much text in one call allocates nothing
+  void flush();
 };
 
 }  // namespace m2lm

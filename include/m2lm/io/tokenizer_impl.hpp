@@ -435,39 +435,40 @@ M2LM_IMPL std::int32_t Tokenizer::vocab_size() const { return static_cast<std::i
 
 // A run of byte pieces is one UTF-8 string; when it is not well formed, each of its bytes becomes U+FFFD (so it is in transformers).
 // That is known at the end of the run only, so the bytes wait for it.
-M2LM_IMPL std::string TokenStream::push(std::int32_t id) {
+M2LM_IMPL const std::string& TokenStream::push(std::int32_t id) {
   const detail::TokenText& token = tokenizer_.state_->token(id);
-  if (skip_special_ && token.special) return {};
+  text_.clear();
+  if (skip_special_ && token.special) return text_;
   if (token.byte >= 0) {
     bytes_ += static_cast<char>(token.byte);
-    if (M2LM_FAULT(8)) return std::exchange(bytes_, {});
-    return {};
+    if (M2LM_FAULT(8)) text_.swap(bytes_);
+    return text_;
   }
-  std::string out = flush();
+  flush();
   std::string_view text = token.plain;
-  if (first_ && out.empty() && tokenizer_.state_->strip_first_space && text.starts_with(' ')) text.remove_prefix(1);
-  out += text;
+  if (first_ && text_.empty() && tokenizer_.state_->strip_first_space && text.starts_with(' ')) text.remove_prefix(1);
+  text_ += text;
   first_ = false;
-  return out;
+  return text_;
 }
 
-M2LM_IMPL std::string TokenStream::finish() {
-  std::string out = flush();
+M2LM_IMPL const std::string& TokenStream::finish() {
+  text_.clear();
+  flush();
   first_ = true;
-  return out;
+  return text_;
 }
 
-M2LM_IMPL std::string TokenStream::flush() {
-  if (bytes_.empty()) return {};
-  std::string out = std::exchange(bytes_, {});
-  if (!detail::is_utf8(out)) {
-    const std::size_t n = out.size();
-    out.clear();
-    for (std::size_t i = 0; i < n; ++i) out += detail::replacement_character;
+M2LM_IMPL void TokenStream::flush() {
+  if (bytes_.empty()) return;
+  if (detail::is_utf8(bytes_)) {
+    text_ += bytes_;
+  } else {
+    for (std::size_t i = 0; i < bytes_.size(); ++i) text_ += detail::replacement_character;
   }
-  if (first_ && tokenizer_.state_->strip_first_space && out.starts_with(' ')) out.erase(0, 1);
+  bytes_.clear();
+  if (first_ && tokenizer_.state_->strip_first_space && text_.starts_with(' ')) text_.erase(0, 1);
   first_ = false;
-  return out;
 }
 
 }  // namespace m2lm

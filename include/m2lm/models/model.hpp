@@ -552,7 +552,9 @@ Generation BasicSession<M>::generate(const typename M::PromptType& prompt, const
     state.decoder.forward(ctx, h, std::span<const SequenceRows<B>>(&rows, 1));
     if (begin + count == tokens) std::copy_n(h.row(count - 1), config.hidden_size, last_hidden.data());
   }
-  history_.reserve(history_.size() + static_cast<std::size_t>(tokens + options.max_new_tokens));
+  // All memory that the answer needs is taken before it begins; the context bounds it.
+  const std::int64_t most_tokens = std::min(options.max_new_tokens, cache_.capacity() - cache_.length() + 1);
+  history_.reserve(history_.size() + static_cast<std::size_t>(tokens + most_tokens));
   history_.insert(history_.end(), sequence.begin(), sequence.end());
   pending_.clear();
   answered_ = true;
@@ -572,8 +574,8 @@ Generation BasicSession<M>::generate(const typename M::PromptType& prompt, const
     result.text += text;
     if (options.on_text) options.on_text(text);
   };
-  result.text.reserve(static_cast<std::size_t>(options.max_new_tokens) * 8);
-  result.tokens.reserve(static_cast<std::size_t>(options.max_new_tokens));
+  result.text.reserve(static_cast<std::size_t>(most_tokens) * 8);
+  result.tokens.reserve(static_cast<std::size_t>(most_tokens));
   pending_.reserve(1);
 
   Tensor<S> logits(Shape{1, config.vocab_size});
@@ -610,7 +612,7 @@ Generation BasicSession<M>::generate(const typename M::PromptType& prompt, const
     }
     // A vocabulary may be padded: an id behind the tokenizer's last has no text.
     if (stream && token < state.files.tokenizer->vocab_size()) {
-      const std::string text = stream->push(token);
+      const std::string_view text = stream->push(token);
       const StopMatcher::Output out = matcher.push(text);
       emit(out.text);
       if (out.stopped) {
@@ -620,10 +622,11 @@ Generation BasicSession<M>::generate(const typename M::PromptType& prompt, const
     }
   }
   if (stream && result.finish_reason != FinishReason::stop_string) {
-    const std::string rest = stream->finish();
+    const std::string_view rest = stream->finish();
     const StopMatcher::Output out = matcher.push(rest);
     emit(out.text);
     emit(matcher.finish());
+    if (out.stopped) result.finish_reason = FinishReason::stop_string;
   }
   result.timings.decode_seconds = seconds_since(start);
   restore.done = true;
