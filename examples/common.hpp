@@ -57,19 +57,25 @@ inline void add_options(CLI::App& app, Options& o) {
 
   CLI::Option_group* sampling = app.add_option_group("Generation");
   m2lm::GenerateOptions& g = o.generate;
-  sampling->add_option("--max-tokens", g.max_new_tokens, "Most tokens of an answer")->check(CLI::NonNegativeNumber)->type_name("N")->capture_default_str();
+  sampling->add_option("--max-tokens", g.max_new_tokens, "Most tokens of an answer")
+      ->check(CLI::Range(0, 1000000))
+      ->type_name("N")
+      ->capture_default_str();
   sampling->add_option("--temperature", g.temperature, "0 = always the most likely token")->type_name("T")->capture_default_str();
   sampling->add_option("--top-k", g.top_k, "Only the K most likely tokens; 0 = off")->type_name("K")->capture_default_str();
   sampling->add_option("--top-p", g.top_p, "Only the most likely tokens that together reach P; 1 = off")->type_name("P")->capture_default_str();
   sampling->add_option("--min-p", g.min_p, "Only tokens at least P times as likely as the best; 0 = off")->type_name("P")->capture_default_str();
-  sampling->add_option("--repetition-penalty", g.repetition_penalty, "Above 1: repeats become less likely; 1 = off")->type_name("R")->capture_default_str();
+  sampling->add_option("--repetition-penalty", g.repetition_penalty, "Above 1: repeats become less likely; 1 = off")
+      ->type_name("R")
+      ->capture_default_str();
   sampling->add_option("--seed", g.seed, "The same seed gives the same text")->type_name("S")->capture_default_str();
   sampling->add_option("--stop", g.stop, "Text that ends an answer; may be given several times")->type_name("TEXT")->allow_extra_args(false);
 
   CLI::Option_group* output = app.add_option_group("Output");
   output->add_flag("--json", o.json, "One JSON object per line instead of text as it comes");
   output->add_flag("--timings", o.timings, "Print times, speeds and peak memory on standard error");
-  output->add_option("--dump", o.dump, "Write the prompt's tensors to this safetensors file: input_ids, features, hidden_states, logits")->type_name("FILE");
+  output->add_option("--dump", o.dump, "Write the prompt's tensors to this safetensors file: input_ids, features, hidden_states, logits")
+      ->type_name("FILE");
 }
 
 /// throws UsageError for a value outside its range; the sentences are the library's.
@@ -200,7 +206,8 @@ struct Report {
     std::fprintf(stderr, "%-8s %10.3f s\n%-8s %10.3f s\n", "load", load_seconds, "image", image_seconds);
     rate("prefill", generation.prefill_tokens, generation.prefill_seconds);
     rate("decode", generation.decode_tokens, generation.decode_seconds);
-    if (const std::size_t peak = peak_memory()) std::fprintf(stderr, "%-8s %10.1f MiB at its peak\n", "memory", static_cast<double>(peak) / (1 << 20));
+    if (const std::size_t peak = peak_memory())
+      std::fprintf(stderr, "%-8s %10.1f MiB at its peak\n", "memory", static_cast<double>(peak) / (1 << 20));
   }
 };
 
@@ -251,12 +258,12 @@ void write_dump(const M& model, const typename M::PromptType& prompt, std::span<
 /// While one lives, the first interrupt sets a flag that ends the answer; the second ends the program.
 class InterruptGuard {
   static inline std::atomic<bool> requested_{false};
-  struct sigaction before_{};
+  struct sigaction before_ {};
 
  public:
   InterruptGuard() {
     requested_ = false;
-    struct sigaction action{};
+    struct sigaction action {};
     action.sa_handler = [](int) { requested_ = true; };
     action.sa_flags = static_cast<int>(SA_RESETHAND);
     sigemptyset(&action.sa_mask);

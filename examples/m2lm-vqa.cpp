@@ -121,7 +121,8 @@ int main(int argc, char** argv) {
   std::string question, file;
   app.add_option("--image", images, "Picture (JPEG, PNG, BMP, GIF, PNM); may be given several times")->type_name("FILE")->allow_extra_args(false);
   CLI::Option* one = app.add_option("--question", question, "What to ask")->type_name("TEXT");
-  CLI::Option* many = app.add_option("--questions", file, "File of lines {\"question\": \"…\"}, each optionally with \"image\": \"path relative to the file\"");
+  CLI::Option* many =
+      app.add_option("--questions", file, "File of lines {\"question\": \"…\"}, each optionally with \"image\": \"path relative to the file\"");
   many->type_name("FILE")->excludes(one);
   program::add_options(app, o);
 

@@ -25,7 +25,8 @@ struct SensorConfig {
 };
 void read_config(const m2lm::ConfigValue& root, SensorConfig& config) {
   const m2lm::ConfigValue sensor = root["sensor_config"];
-  config = {.channels = sensor.get<std::int64_t>("channels"), .width = sensor.get<std::int64_t>("width"), .window = sensor.get<std::int64_t>("window")};
+  config = {
+      .channels = sensor.get<std::int64_t>("channels"), .width = sensor.get<std::int64_t>("width"), .window = sensor.get<std::int64_t>("window")};
 }
 
 /// Spec: every `window` samples become one token: LayerNorm, then one linear layer.
@@ -41,8 +42,7 @@ struct SensorEncoder {
     m2lm::Linear<B> embed_;
 
    public:
-    explicit On(const SensorConfig& c)
-        : config_(c), norm_(c.channels * c.window, 1e-5), embed_(c.channels * c.window, c.width, true) {}
+    explicit On(const SensorConfig& c) : config_(c), norm_(c.channels * c.window, 1e-5), embed_(c.channels * c.window, c.width, true) {}
 
     // In the checkpoint: sensor_encoder.norm.weight, sensor_encoder.embed.bias, …
     template <class V, class Self>
@@ -61,8 +61,8 @@ struct SensorEncoder {
 
     /// requires features [tokens(x), width()].
     void forward(m2lm::Context<B>& ctx, const Reading& x, m2lm::Matrix<S> features) const {
-      m2lm::require<m2lm::InputError>(x.channels == config_.channels, "mine::SensorEncoder: a reading of ", x.channels, " channels, the checkpoint takes ",
-                                      config_.channels);
+      m2lm::require<m2lm::InputError>(x.channels == config_.channels, "mine::SensorEncoder: a reading of ", x.channels,
+                                      " channels, the checkpoint takes ", config_.channels);
       const m2lm::Arena::Scope scope(ctx.arena);
       const m2lm::Matrix<S> windows = ctx.arena.template matrix<S>(features.extent(0), config_.channels * config_.window);
       for (std::int64_t i = 0; i < windows.elements(); ++i) windows.data()[i] = static_cast<S>(x.samples[static_cast<std::size_t>(i)]);
