@@ -235,12 +235,34 @@ TEST_CASE("files that are no pictures") {
   CHECK(has(decode_message(png, small), "more than is read"));
 }
 
+TEST_CASE("binary PNM") {
+  const auto decode = [](std::string_view s) { return m2lm::decode_image(std::as_bytes(std::span(s.data(), s.size())), "picture"); };
+  CHECK(decode("P6 2 1 255\nabcdef").pixels == std::vector<std::uint8_t>{'a', 'b', 'c', 'd', 'e', 'f'});
+  CHECK(decode("P5\n# a comment\n2\n1 # another\n255\nab").pixels == std::vector<std::uint8_t>{'a', 'a', 'a', 'b', 'b', 'b'});
+  CHECK(decode(std::string_view("P5 2 1 15 \x00\x08", 12)).pixels == std::vector<std::uint8_t>{0, 0, 0, 136, 136, 136});
+  CHECK(decode(std::string_view("P6 1 1 65535 \x80\x00\xff\xff\x00\x00", 19)).pixels == std::vector<std::uint8_t>{128, 255, 0});
+  CHECK(decode(std::string_view("P5 2 1 65535 \x00\x07\x01\x00", 17)).pixels == std::vector<std::uint8_t>{7, 7, 7, 255, 255, 255});
+  for (const char* bad : {"P6", "P6 ", "P6 2", "P6 2 1", "P6 2 1 255", "P6 2 1 255\nabcde", "P6 0 1 255\n", "P6 2 1 0\nabcdef", "P6 2 1 65536\nabcdef",
+                          "P5 9999999999 9999999999 255\n", "P5 99999999999999999999 1 255\n", "P5 # no end", "P5 x", "P5 60000 60000 255 a"}) {
+    CAPTURE(bad);
+    CHECK(has(decode_message(bad), "picture: the "));
+  }
+}
+
+TEST_CASE("a JPEG whose Huffman table promises more codes than there are") {
+  std::string jpeg = file_bytes(m2lm_test::golden("images/photo420_61x45.jpg"));
+  const std::size_t table = jpeg.find("\xff\xc4");
+  REQUIRE(table != std::string::npos);
+  for (std::size_t i = 5; i < 21; ++i) jpeg[table + i] = '\x7f';
+  CHECK(has(decode_message(jpeg), "a Huffman table has more than 256 codes"));
+}
+
 TEST_CASE("every cut and random damage decodes or is refused") {
   std::uint32_t state = 99;
   const auto next = [&] { return state = state * 1664525U + 1013904223U, state >> 8; };
   m2lm::ImageLimits limits;
   limits.max_pixels = 1 << 20;
-  for (const char* name : {"rgb_5x7.png", "palette_trns_39x30.png", "rgb16_30x24.png", "photo420_61x45.jpg", "progressive444_48x56.jpg"}) {
+  for (const char* name : {"rgb_5x7.png", "palette_trns_39x30.png", "rgb16_30x24.png", "photo420_61x45.jpg", "progressive444_48x56.jpg", "bilevel_37x29.png"}) {
     CAPTURE(name);
     const std::string good = file_bytes(m2lm_test::golden(std::string("images/") + name));
     const auto attempt = [&](const std::string& bytes) {

@@ -65,7 +65,9 @@ TEST_CASE("what is written reads back, in order and with its dtype") {
   CHECK(file.names().size() == tensors.size());
   CHECK(file.names()[0] == "z.half");
   CHECK(file.names()[1] == "a.brain");
-  for (const auto& [name, expected] : tensors) {
+  for (const NamedTensor& written : tensors) {
+    const std::string& name = written.name;
+    const AnyTensor& expected = written.tensor;
     CAPTURE(name);
     REQUIRE(file.contains(name));
     const AnyTensor t = file.tensor(name);

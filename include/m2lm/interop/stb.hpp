@@ -18,7 +18,7 @@
 
 // A user's own stb, included before or after this file, keeps its settings and stays apart: the guards and the linkage macros are
 // put aside, the functions lie in m2lm::detail::stb. Only formats with a signature are read: TGA has none, so that any bytes might
-// be taken for one; HDR, PIC and PSD are not what people show to a model.
+// be taken for one; HDR, PIC and PSD are not what people show to a model, and PNM is read by io/image.hpp itself.
 #pragma push_macro("STBI_INCLUDE_STB_IMAGE_H")
 #pragma push_macro("STB_IMAGE_IMPLEMENTATION")
 #pragma push_macro("STB_IMAGE_STATIC")
@@ -30,6 +30,7 @@
 #pragma push_macro("STBI_NO_TGA")
 #pragma push_macro("STBI_NO_PIC")
 #pragma push_macro("STBI_NO_PSD")
+#pragma push_macro("STBI_NO_PNM")
 #pragma push_macro("INCLUDE_STB_IMAGE_WRITE_H")
 #pragma push_macro("STB_IMAGE_WRITE_IMPLEMENTATION")
 #pragma push_macro("STB_IMAGE_WRITE_STATIC")
@@ -51,6 +52,7 @@
 #define STBI_NO_TGA
 #define STBI_NO_PIC
 #define STBI_NO_PSD
+#define STBI_NO_PNM
 #define STB_IMAGE_WRITE_IMPLEMENTATION
 #define STB_IMAGE_WRITE_STATIC
 #define STBIW_ASSERT(condition) static_cast<void>(condition)
@@ -82,6 +84,10 @@
 
 namespace m2lm::detail::stb {
 
+// An empty IDAT chunk of a PNG makes stb copy no bytes to a null pointer, which C++ does not allow. The name without a namespace
+// finds this function first.
+inline void*(memcpy)(void* to, const void* from, std::size_t n) { return n ? std::memcpy(to, from, n) : to; }
+
 #include <stb_image.h>
 #include <stb_image_write.h>
 
@@ -100,6 +106,7 @@ namespace m2lm::detail::stb {
 #pragma pop_macro("STBI_NO_TGA")
 #pragma pop_macro("STBI_NO_PIC")
 #pragma pop_macro("STBI_NO_PSD")
+#pragma pop_macro("STBI_NO_PNM")
 #pragma pop_macro("INCLUDE_STB_IMAGE_WRITE_H")
 #pragma pop_macro("STB_IMAGE_WRITE_IMPLEMENTATION")
 #pragma pop_macro("STB_IMAGE_WRITE_STATIC")

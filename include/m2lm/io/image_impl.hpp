@@ -53,6 +53,79 @@ M2LM_IMPL std::string_view image_format(std::span<const std::byte> bytes) {
   return "";
 }
 
+/// False when a Huffman table of a JPEG promises more than the 256 codes there can be. stb_image before 2.28 does not look, and
+/// writes past its tables. Walks the markers as stb does: from segment to segment by their lengths, on to the next marker where
+/// there is none, and over the data of a scan; where the two might part, stb stops with an error.
+M2LM_IMPL bool jpeg_tables_fit(std::span<const std::byte> bytes) {
+  const std::size_t size = bytes.size();
+  const auto at = [&](std::size_t i) { return i < size ? std::to_integer<unsigned>(bytes[i]) : 0U; };
+  for (std::size_t i = 2; i < size;) {
+    while (i < size && at(i) != 0xff) ++i;
+    while (i < size && at(i) == 0xff) ++i;
+    const unsigned marker = at(i++);
+    if (marker == 0x00 || marker == 0x01 || (marker >= 0xd0 && marker <= 0xd8)) continue;  // stuffing, restarts: no length follows
+    if (marker == 0xd9) return true;  // the end; nothing after it is read
+    const std::size_t end = i + (at(i) << 8U) + at(i + 1);
+    if (marker == 0xc4) {
+      for (std::size_t table = i + 2; table < end && table < size;) {
+        unsigned codes = 0;
+        for (std::size_t k = 1; k <= 16; ++k) codes += at(table + k);
+        if (codes > 256) return false;
+        table += 17 + codes;
+      }
+    }
+    i = std::max(end, i);
+  }
+  return true;
+}
+
+M2LM_IMPL void check_limits(std::int64_t width, std::int64_t height, std::string_view name, const ImageLimits& limits) {
+  require<InputError>(width > 0 && height > 0, name, ": the image is empty (", size_string(width, height), ")");
+  require<InputError>(width <= limits.max_width && height <= limits.max_height && height <= limits.max_pixels / width, name,
+                      ": the image has ", size_string(width, height), " pixels, more than the limits of ",
+                      size_string(limits.max_width, limits.max_height), " and ", limits.max_pixels, " in all");
+}
+
+/// Binary PNM (P5 grey, P6 colour). Values are scaled to 255 as Pillow does; grey of 16 bits is clipped, as Pillow does, too.
+M2LM_IMPL Image decode_pnm(std::span<const std::byte> bytes, std::string_view name, const ImageLimits& limits) {
+  const std::string_view text(reinterpret_cast<const char*>(bytes.data()), bytes.size());
+  const bool colour = text[1] == '6';
+  std::size_t at = 2;
+  const auto number = [&](std::string_view what) {
+    while (at < text.size() && (text[at] == '#' || text[at] == ' ' || (text[at] >= '\t' && text[at] <= '\r'))) {
+      if (text[at] == '#') at = std::min(text.find('\n', at), text.size() - 1);
+      ++at;
+    }
+    std::int64_t value = 0;
+    const std::size_t begin = at;
+    while (at < text.size() && text[at] >= '0' && text[at] <= '9' && at - begin < 10) value = value * 10 + (text[at++] - '0');
+    require<InputError>(at > begin, name, ": the PNM image cannot be read: its header lacks the ", what, "; the file is damaged or truncated");
+    return value;
+  };
+  const std::int64_t width = number("width"), height = number("height"), largest = number("largest value");
+  check_limits(width, height, name, limits);
+  require<InputError>(largest >= 1 && largest <= 65535, name, ": the PNM image cannot be read: its largest value is ", largest);
+  ++at;  // one character of white space
+  const std::size_t size = largest > 255 ? 2 : 1, values = static_cast<std::size_t>(width * height * (colour ? 3 : 1));
+  require<InputError>(at <= text.size() && values <= (text.size() - at) / size, name, ": the PNM image of ", size_string(width, height),
+                      " takes ", values * size, " bytes, the file is truncated");
+  Image out;
+  out.width = width;
+  out.height = height;
+  out.pixels.resize(static_cast<std::size_t>(3 * width * height));
+  const auto* p = reinterpret_cast<const std::uint8_t*>(bytes.data()) + at;
+  const double target = size == 2 && !colour ? 65535.0 : 255.0;
+  for (std::size_t i = 0; i < values; ++i) {
+    const int value = size == 2 ? p[2 * i] * 256 + p[2 * i + 1] : p[i];
+    const auto scaled = static_cast<std::uint8_t>(std::min(std::nearbyint(value / static_cast<double>(largest) * target), 255.0));
+    if (colour)
+      out.pixels[i] = scaled;
+    else
+      std::fill_n(out.pixels.begin() + static_cast<std::ptrdiff_t>(3 * i), 3, scaled);
+  }
+  return out;
+}
+
 }  // namespace detail
 
 M2LM_IMPL Image decode_image(std::span<const std::byte> bytes, std::string_view name, const ImageLimits& limits) {
@@ -65,15 +138,15 @@ M2LM_IMPL Image decode_image(std::span<const std::byte> bytes, std::string_view 
   const int size = static_cast<int>(bytes.size());
   const bool supported = format == "PNG" || format == "JPEG" || format == "GIF" || format == "BMP" || format == "PNM";
   require<InputError>(supported, name, ": the image format ", format, " is not supported; JPEG, PNG, BMP, GIF and binary PNM are");
+  if (format == "PNM") return detail::decode_pnm(bytes, name, limits);
+  require<InputError>(format != "JPEG" || detail::jpeg_tables_fit(bytes), name,
+                      ": the JPEG image cannot be read: a Huffman table has more than 256 codes; the file is damaged");
   int width = 0, height = 0, channels = 0;
   if (!detail::stb::stbi_info_from_memory(data, size, &width, &height, &channels)) {
     // stb tries all formats in turn and keeps the reason of the last only.
     throw InputError(concat(name, ": the ", format, " image cannot be read: its header is damaged, truncated or promises too many pixels"));
   }
-  require<InputError>(width > 0 && height > 0, name, ": the image is empty (", detail::size_string(width, height), ")");
-  require<InputError>(width <= limits.max_width && height <= limits.max_height && height <= limits.max_pixels / width, name,
-                      ": the image has ", detail::size_string(width, height), " pixels, more than the limits of ",
-                      detail::size_string(limits.max_width, limits.max_height), " and ", limits.max_pixels, " in all");
+  detail::check_limits(width, height, name, limits);
   // Pillow does not scale 16-bit grey (its mode I;16) but clips it at 255; stb's upper byte would be another picture.
   const bool clipped = channels == 1 && detail::stb::stbi_is_16_bit_from_memory(data, size) != 0;
   const auto release = [](void* p) { detail::stb::stbi_image_free(p); };
