@@ -1,5 +1,4 @@
 // Sessions: conversations, limits, streaming, cancellation, sampling, and bits that depend neither on batch, chunk nor threads.
-// labels: threads
 #include "models_support.hpp"
 
 #include <m2lm/core/utf8.hpp>
