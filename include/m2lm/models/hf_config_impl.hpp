@@ -10,11 +10,14 @@ namespace m2lm {
 namespace detail {
 
 /// A size: at least 1 and small enough that products of three do not overflow.
-inline std::int64_t read_size(const ConfigValue& v, std::string_view key, std::int64_t fallback) {
+inline std::int64_t read_size(const ConfigValue& v, std::string_view key, std::int64_t fallback, std::int64_t most = std::int64_t{1} << 20) {
   const std::int64_t n = v.get_or<std::int64_t>(key, fallback);
-  if (n < 1 || n > (std::int64_t{1} << 20)) v.fail(concat(key, " = ", n, " is outside 1 to 2^20"));
+  if (n < 1 || n > most) v.fail(concat(key, " = ", n, " is outside 1 to ", most));
   return n;
 }
+
+// Layers become objects before any tensor is looked at; ten times more than any model has.
+inline constexpr std::int64_t most_layers = 4096;
 
 inline double read_positive(const ConfigValue& v, std::string_view key, double fallback) {
   const double x = v.get_or<double>(key, fallback);
@@ -39,6 +42,8 @@ inline void read_rope(const ConfigValue& text, RopeConfig& rope) {
   rope.scaling = RopeScaling::llama3;
   rope.low_freq_factor = read_positive(scaling, "low_freq_factor", 1.0);
   rope.high_freq_factor = read_positive(scaling, "high_freq_factor", 4.0);
+  if (!(rope.high_freq_factor > rope.low_freq_factor))
+    scaling.fail(concat("high_freq_factor = ", rope.high_freq_factor, " is not above low_freq_factor = ", rope.low_freq_factor));
   rope.original_max_position_embeddings =
       read_positive(scaling, "original_max_position_embeddings", static_cast<double>(text.get_or<std::int64_t>("max_position_embeddings", 2048)));
 }
@@ -68,14 +73,14 @@ M2LM_IMPL void read_config(const ConfigValue& root, LlamaConfig& config) {
   config.vocab_size = detail::read_size(text, "vocab_size", 32000);
   config.hidden_size = detail::read_size(text, "hidden_size", 4096);
   config.intermediate_size = detail::read_size(text, "intermediate_size", mistral ? 14336 : 11008);
-  config.num_layers = detail::read_size(text, "num_hidden_layers", 32);
+  config.num_layers = detail::read_size(text, "num_hidden_layers", 32, detail::most_layers);
   config.num_heads = detail::read_size(text, "num_attention_heads", 32);
   config.num_kv_heads = detail::read_size(text, "num_key_value_heads", mistral ? 8 : config.num_heads);
   config.head_dim = detail::read_size(text, "head_dim", config.hidden_size / config.num_heads);
-  config.max_position_embeddings = text.get_or<std::int64_t>("max_position_embeddings", mistral ? 131072 : 2048);
-  if (config.max_position_embeddings < 1) text.fail(concat("max_position_embeddings = ", config.max_position_embeddings));
+  config.max_position_embeddings = detail::read_size(text, "max_position_embeddings", mistral ? 131072 : 2048, std::int64_t{1} << 30);
   // A Mistral config that does not mention the window has 4096; null switches it off.
   config.sliding_window = mistral ? (text.contains("sliding_window") ? text.get_or<std::int64_t>("sliding_window", 0) : 4096) : 0;
+  if (config.sliding_window < 0) text.fail(concat("sliding_window = ", config.sliding_window, " is below 0"));
   config.rms_norm_eps = detail::read_positive(text, "rms_norm_eps", 1e-6);
   config.activation = read_activation(text, text.get_or<std::string>("hidden_act", "silu"));
   config.tie_word_embeddings = text.get_or<bool>("tie_word_embeddings", root.get_or<bool>("tie_word_embeddings", false));
@@ -84,6 +89,8 @@ M2LM_IMPL void read_config(const ConfigValue& root, LlamaConfig& config) {
   detail::read_rope(text, config.rope);
   if (config.num_heads % config.num_kv_heads != 0)
     text.fail(concat(config.num_heads, " attention heads do not share ", config.num_kv_heads, " key-value heads evenly"));
+  if (!text.has_value("head_dim") && config.hidden_size % config.num_heads != 0)
+    text.fail(concat("hidden_size ", config.hidden_size, " is not a multiple of ", config.num_heads, " attention heads, and there is no head_dim"));
   if (config.head_dim % 2 != 0) text.fail(concat("head_dim = ", config.head_dim, " is odd; rotary embedding needs pairs"));
 }
 
@@ -96,7 +103,7 @@ M2LM_IMPL void read_config(const ConfigValue& root, ClipVisionConfig& config) {
   const bool llava = !nested && root.get_or<std::string>("model_type", "") == "llava";
   config.hidden_size = detail::read_size(vision, "hidden_size", llava ? 1024 : 768);
   config.intermediate_size = detail::read_size(vision, "intermediate_size", llava ? 4096 : 3072);
-  config.num_layers = detail::read_size(vision, "num_hidden_layers", llava ? 24 : 12);
+  config.num_layers = detail::read_size(vision, "num_hidden_layers", llava ? 24 : 12, detail::most_layers);
   config.num_heads = detail::read_size(vision, "num_attention_heads", llava ? 16 : 12);
   config.image_size = detail::read_size(vision, "image_size", llava ? 336 : 224);
   config.patch_size = detail::read_size(vision, "patch_size", llava ? 14 : 32);

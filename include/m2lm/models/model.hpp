@@ -258,6 +258,7 @@ Model<B, P, D, C...> Model<B, P, D, C...>::from_pretrained(std::string_view dire
 
   Arena arena;
   Context<B> ctx{state.backend, arena, &state.decoder.embed_tokens.weight.value};
+  state.decoder.make_cache(ctx, model.cache_format(), 0);  // a format that the backend has not is said now
   const double share = components == 0 ? 1.0 : 0.8;
   state.decoder.prepare(ctx, precision, [&](std::int64_t done, std::int64_t total) {
     if (options.progress) options.progress(share * static_cast<double>(done) / static_cast<double>(total));

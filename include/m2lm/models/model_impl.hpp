@@ -51,6 +51,7 @@ M2LM_IMPL ModelFiles open_model_files(std::string_view directory, std::string_vi
   ModelFiles out;
   out.directory = directory;
   out.config = ConfigValue::parse_file(join_path(directory, "config.json"));
+  if (!out.config.is_object()) out.config.fail(concat("an object is wanted, not ", out.config.type_name()));
   out.checkpoint = Checkpoint::open(directory);
   try {
     out.tokenizer = Tokenizer::from_directory(directory);
