@@ -3,7 +3,8 @@
 
 check_fault.py caught PROGRAM        the program must run to its end and report a failure
 check_fault.py passes PROGRAM        the program, built without a fault, must pass
-check_fault.py table HEADER TABLE    every fault of faults.hpp is in faults.json, once and under its name
+check_fault.py table HEADER TABLE    every fault of faults.hpp is in faults.json, once and under its name, and is planted
+                                     somewhere in the library: M2LM_FAULT(number)
 """
 
 import json
@@ -51,6 +52,11 @@ def table(header, table_file):
     listed = {entry["number"]: entry["name"] for entry in entries}
     problems = [f"fault {number}: faults.hpp says {named.get(number)}, faults.json says {listed.get(number)}"
                 for number in sorted(named.keys() | listed.keys()) if named.get(number) != listed.get(number)]
+    root = pathlib.Path(header).parents[1]
+    planted = {int(number) for path in root.rglob("*.hpp") if path != pathlib.Path(header)
+               for number in re.findall(r"\bM2LM_FAULT\((\d+)\)", path.read_text(encoding="utf-8"))}
+    problems += [f"fault {number}: {'listed but not planted' if number in listed else 'planted but not listed'}"
+                 for number in sorted(planted ^ listed.keys())]
     if len(listed) != len(entries):
         problems.append("faults.json has a number twice")
     if len(listed) < LEAST_FAULTS:
