@@ -1,0 +1,38 @@
+#!/usr/bin/env python3
+"""What the documents show is true: code is in an example that compiles, links lead somewhere, sentences of errors exist."""
+
+import pathlib
+import re
+import sys
+import unittest
+
+sys.path.insert(0, str(pathlib.Path(__file__).resolve().parent / "support"))
+from runner import ROOT, main  # noqa: E402
+
+DOCUMENTS = [ROOT / "README.md", *sorted((ROOT / "docs").rglob("*.md"))]
+
+
+class Documents(unittest.TestCase):
+    def test_code_of_own_component_is_in_the_examples(self):
+        examples = "\n".join((ROOT / "examples" / name).read_text() for name in ("own_encoder.cpp", "own_projector.cpp"))
+        blocks = re.findall(r"^```cpp\n(.*?)^```", (ROOT / "docs" / "own_component.md").read_text(), re.MULTILINE | re.DOTALL)
+        self.assertGreaterEqual(len(blocks), 6)
+        for block in blocks:
+            self.assertIn(block.strip(), examples)
+
+    def test_links(self):
+        for document in DOCUMENTS:
+            prose = re.sub(r"^```.*?^```", "", document.read_text(), flags=re.MULTILINE | re.DOTALL)
+            for target in re.findall(r"\]\(([^)#]+)\)", prose):
+                if not target.startswith(("http://", "https://")):
+                    self.assertTrue((document.parent / target).exists(), f"{document.name}: {target}")
+
+    def test_named_files_exist(self):
+        for document in DOCUMENTS:
+            for path in re.findall(r"`((?:tests|examples|tools|docs|include)/[\w./-]+)`", document.read_text()):
+                if "NAME" not in path:
+                    self.assertTrue((ROOT / path).exists(), f"{document.name}: {path}")
+
+
+if __name__ == "__main__":
+    main()
