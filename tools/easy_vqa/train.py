@@ -624,7 +624,7 @@ def main():
     parser.add_argument("--work", required=True, help="scratch folder: states, to go on after an interruption")
     parser.add_argument("--out", required=True, help="checkpoint folder to write")
     parser.add_argument("--tower-steps", type=int, default=3000)
-    parser.add_argument("--steps", type=int, default=12000)
+    parser.add_argument("--steps", type=int, default=4000)
     parser.add_argument("--minutes", type=float, help="end stage 2 after so long, learning rate included")
     parser.add_argument("--batch", type=int, default=16, help="pictures per step")
     parser.add_argument("--questions", type=int, default=8, help="questions per picture and step")
