@@ -121,7 +121,7 @@ TEST_CASE("a piece larger than a block, and a moved arena") {
 
 TEST_CASE("ops of the CPU backend allocate nothing after the first call") {
   for (const DType format : {DType::f32, DType::bf16}) {
-    Cpu cpu(CpuOptions{.threads = 2, .max_isa = {}});
+    Cpu cpu(CpuOptions{.threads = 2});
     Arena arena;
     Context<Cpu> ctx{cpu, arena};
     const std::int64_t m = 90, k = 1031, n = 300, heads = 4, d = 133;

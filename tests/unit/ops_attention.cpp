@@ -1,6 +1,6 @@
 // The key/value layout and attention: Cpu at every level and format, and Reference<float>, against Reference<double>.
 //
-// The bound on an output, with u = 2^-24, u' = 2^-8 where a level rounds q and p to bf16 and 0 elsewhere, head_dim d, K keys.
+// The bound on an output, with u = 2^-24, u' = 2^-8 where the kernels round q and p to bf16 and 0 elsewhere, head_dim d, K keys.
 // k and v are rounded to the cache's format before both computations, so they are exact in both.
 //   s_j = scale·q·k_j   |δs_j| ≤ ((2d + 4)·u + u')·scale·Σ|q|·|k_j| =: at most E over the keys that the query sees
 //   p_j = exp(s_j - m)  relative: e^(δs_j) from the argument, |s_j - m|·u ≤ 2·max|s|·u from the subtraction, 4u from exp, and per
@@ -112,9 +112,9 @@ void check_everywhere(const Problem& p, std::uint64_t seed) {
     Random random(seed);
     const Data data(p, format, random);
     const Expected e = expected(p, data);
-    for (const IsaLevel level : levels()) {
-      Runner<Cpu> cpu(Cpu(CpuOptions{.threads = 2, .max_isa = level}));
-      check(cpu, p, data, format, e, rounds_activations(level, format) ? e.bound_rounded : e.bound_f32, label(level, format));
+    for (const Variant& variant : variants(format)) {
+      Runner<Cpu> cpu(Cpu(variant.options(2)));
+      check(cpu, p, data, format, e, rounds_activations(cpu.backend, format) ? e.bound_rounded : e.bound_f32, label(variant, format));
     }
     Runner<Reference<float>> reference;
     check(reference, p, data, format, e, e.bound_f32, "Reference<float>");
@@ -170,9 +170,9 @@ TEST_CASE("attention: chosen shapes") {
 TEST_CASE("attention: scores far apart keep the softmax exact") {
   // One key wins by 200: the others' exp underflows to zero and nothing overflows; negative scores work the same way.
   for (const float sign : {1.0F, -1.0F})
-    for (const IsaLevel level : levels())
-      for (const DType format : formats) {
-        Runner<Cpu> cpu(Cpu(CpuOptions{.threads = 1, .max_isa = level}));
+    for (const DType format : formats)
+      for (const Variant& variant : variants(format)) {
+        Runner<Cpu> cpu(Cpu(variant.options(1)));
         Cache<Cpu> cache(cpu.ctx, format, 1, 1, 300);
         Tensor<float> k(Shape{300, 1}), v(Shape{300, 1}), q(Shape{1, 1}), y(Shape{1, 1});
         for (std::int64_t j = 0; j < 300; ++j) {
@@ -182,7 +182,7 @@ TEST_CASE("attention: scores far apart keep the softmax exact") {
         q.data()[0] = sign;
         ops::append_key_values(cpu.ctx, matrix(k), matrix(v), 0, cache.kv);
         ops::attention(cpu.ctx, matrix(q), cache.kv, 300, 0, {}, 1.0, y.view<2>());
-        CHECK_MESSAGE(y.data()[0] == 200.0F, label(level, format), ": ", y.data()[0]);
+        CHECK_MESSAGE(y.data()[0] == 200.0F, label(variant, format), ": ", y.data()[0]);
       }
 }
 
@@ -196,10 +196,10 @@ TEST_CASE("attention: the bits do not depend on chunks, on keys behind, on stale
       Random data_random(5000 + static_cast<std::uint64_t>(trial));
       const Data data(p, format, data_random);
       const std::int64_t columns = p.heads() * p.head_dim;
-      for (const IsaLevel level : levels()) {
+      for (const Variant& variant : variants(format)) {
         Tensor<float> first(Shape{p.tokens, columns});
         for (const int threads : {1, 2, 3}) {
-          Runner<Cpu> cpu(Cpu(CpuOptions{.threads = threads, .max_isa = level}));
+          Runner<Cpu> cpu(Cpu(variant.options(threads)));
           const auto run = [&](std::int64_t step, bool stale) {
             Tensor<float> y(Shape{p.tokens, columns});
             Cache<Cpu> cache(cpu.ctx, format, p.kv_heads, p.head_dim, p.capacity);
@@ -222,7 +222,7 @@ TEST_CASE("attention: the bits do not depend on chunks, on keys behind, on stale
           };
           const Tensor<float> all = run(std::max<std::int64_t>(1, p.tokens), false);
           if (threads == 1) first = all.clone();
-          const std::string where = concat(label(level, format), " ", threads, " threads, ", p.string());
+          const std::string where = concat(label(variant, format), " ", threads, " threads, ", p.string());
           CHECK_MESSAGE(same_bits(matrix(all), matrix(first)), where, ": at once");
           CHECK_MESSAGE(same_bits(matrix(run(1, false)), matrix(first)), where, ": one by one");
           CHECK_MESSAGE(same_bits(matrix(run(1, true)), matrix(first)), where, ": one by one over stale rows");
@@ -240,15 +240,15 @@ TEST_CASE("attention: a head's bits do not depend on the other heads") {
   const Problem one{.tokens = 30, .kv_heads = 1, .group = 1, .head_dim = 40, .keys = 140, .first = 110, .capacity = 140, .mask = p.mask, .scale = p.scale};
   for (const DType format : formats) {
     const Data data(p, format, random);
-    for (const IsaLevel level : levels()) {
-      Runner<Cpu> cpu(Cpu(CpuOptions{.threads = 2, .max_isa = level}));
+    for (const Variant& variant : variants(format)) {
+      Runner<Cpu> cpu(Cpu(variant.options(2)));
       Tensor<float> all(Shape{p.tokens, p.heads() * p.head_dim}), alone(Shape{p.tokens, p.head_dim});
       attend(cpu, p, format, matrix(data.q), matrix(data.k), matrix(data.v), all.view<2>());
       for (std::int64_t h = 0; h < p.heads(); ++h) {
         const std::int64_t kv = h / p.group * p.head_dim;
         attend<Cpu>(cpu, one, format, matrix(data.q).columns(h * p.head_dim, (h + 1) * p.head_dim), matrix(data.k).columns(kv, kv + p.head_dim),
                     matrix(data.v).columns(kv, kv + p.head_dim), alone.view<2>());
-        CHECK_MESSAGE(same_bits<float>(matrix(alone), matrix(all).columns(h * p.head_dim, (h + 1) * p.head_dim)), label(level, format), " head ", h);
+        CHECK_MESSAGE(same_bits<float>(matrix(alone), matrix(all).columns(h * p.head_dim, (h + 1) * p.head_dim)), label(variant, format), " head ", h);
       }
     }
   }
@@ -256,7 +256,7 @@ TEST_CASE("attention: a head's bits do not depend on the other heads") {
 
 TEST_CASE("attention: never writes the whole score matrix") {
   // 4 heads × 600 queries × 4000 keys would be 38 MB of scores.
-  Runner<Cpu> cpu(Cpu(CpuOptions{.threads = 2, .max_isa = {}}));
+  Runner<Cpu> cpu(Cpu(CpuOptions{.threads = 2}));
   Cache<Cpu> cache(cpu.ctx, DType::bf16, 4, 16, 4000);
   const Tensor<float> kv(Shape{4000, 64}), q(Shape{600, 64});
   Tensor<float> y(Shape{600, 64});
@@ -278,7 +278,7 @@ bool throws_with(F&& f, std::initializer_list<const char*> pieces) {
 }
 
 TEST_CASE("attention: errors name both sides") {
-  Runner<Cpu> cpu(Cpu(CpuOptions{.threads = 1, .max_isa = {}}));
+  Runner<Cpu> cpu(Cpu(CpuOptions{.threads = 1}));
   Cache<Cpu> cache(cpu.ctx, DType::f32, 2, 8, 32);
   const Tensor<float> k16(Shape{3, 16}), k24(Shape{3, 24}), q24(Shape{3, 24}), q32(Shape{3, 32}), k40(Shape{40, 16});
   Tensor<float> y24(Shape{3, 24}), y32(Shape{3, 32});

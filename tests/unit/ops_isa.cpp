@@ -107,14 +107,25 @@ TEST_CASE("the level agrees with the operating system's list of flags") {
 }
 
 TEST_CASE("options outside their range are errors that name the value") {
-  CHECK_THROWS_WITH_AS(Cpu(CpuOptions{.threads = -1, .max_isa = {}}), "m2lm: threads = -1: give 0 (one per core) or 1 to 1024", OptionError);
-  CHECK_THROWS_AS(Cpu(CpuOptions{.threads = 1025, .max_isa = {}}), OptionError);
-  CHECK(Cpu(CpuOptions{.threads = 3, .max_isa = {}}).threads() == 3);
-  CHECK(Cpu(CpuOptions{.threads = 0, .max_isa = {}}).threads() == ThreadPool::available_cores());
+  CHECK_THROWS_WITH_AS(Cpu(CpuOptions{.threads = -1}), "m2lm: threads = -1: give 0 (one per core) or 1 to 1024", OptionError);
+  CHECK_THROWS_AS(Cpu(CpuOptions{.threads = 1025}), OptionError);
+  CHECK(Cpu(CpuOptions{.threads = 3}).threads() == 3);
+  CHECK(Cpu(CpuOptions{.threads = 0}).threads() == ThreadPool::available_cores());
+}
+
+TEST_CASE("BF16 products: only at the level that has them; by default where they are faster") {
+  for (const IsaLevel level : all_levels) {
+    const Cpu with(CpuOptions{.threads = 1, .max_isa = level, .bf16_dot = true}), without(CpuOptions{.threads = 1, .max_isa = level, .bf16_dot = false});
+    CHECK(with.kernels().bf16.bf16_activations == (with.isa() == IsaLevel::avx512_bf16));
+    CHECK_FALSE(without.kernels().bf16.bf16_activations);
+    CHECK_FALSE(with.kernels().f32.bf16_activations);
+  }
+  const Cpu cpu(CpuOptions{.threads = 1});
+  CHECK(cpu.kernels().bf16.bf16_activations == (cpu.isa() == IsaLevel::avx512_bf16 && detail::fast_bf16_dot()));
 }
 
 TEST_CASE("the kernel table has f32 and bf16 and no other format") {
-  const Cpu cpu(CpuOptions{.threads = 1, .max_isa = {}});
+  const Cpu cpu(CpuOptions{.threads = 1});
   CHECK(cpu.kernels().format(DType::f32) != nullptr);
   CHECK(cpu.kernels().format(DType::bf16) != nullptr);
   for (const DType other : {DType::f16, DType::f64, DType::i8, DType::native, DType::inherit}) CHECK(cpu.kernels().format(other) == nullptr);

@@ -1,7 +1,7 @@
 // pack and linear: Cpu at every level and format, and Reference<float>, against Reference<double>.
 //
 // The bound on an output, with u = 2^-24 (unit roundoff of f32) and k inputs. The operands are exact in both computations: the
-// weights are rounded to the format before they are packed, and where a level rounds x to bf16 the oracle gets the rounded x.
+// weights are rounded to the format before they are packed, and where the kernels round x to bf16 the oracle gets the rounded x.
 //   z = Σ x·w + b      k + 1 roundings at most:  |δz| ≤ (k + 2)·u·S, S = Σ |x|·|w| + |b|      (Higham, γ_k; twice that where a
 //                      product is rounded apart from its sum, as in the baseline, which has no fused multiply-add)
 //   f(z)               |δf| ≤ L·|δz| + 16·u·|z|: L = 1.2 bounds |f'| of every activation; 16 roundings: exp to 2 ulp, its argument
@@ -139,13 +139,14 @@ void check_everywhere(const Problem& p, std::uint64_t seed) {
     Random random(seed);
     const Data data(p, format, random);
     const Expected plain = expected(p, data, data.x, 2);
-    for (const IsaLevel level : levels()) {
-      Runner<Cpu> cpu(Cpu(CpuOptions{.threads = 2, .max_isa = level}));
-      CHECK(cpu.backend.isa() == level);
-      if (rounds_activations(level, format))
-        check(cpu, p, data, format, expected(p, data, as_seen(data, true), 1), label(level, format));
+    for (const Variant& variant : variants(format)) {
+      Runner<Cpu> cpu(Cpu(variant.options(2)));
+      CHECK(cpu.backend.isa() == variant.level);
+      CHECK(rounds_activations(cpu.backend, format) == variant.bf16_dot);
+      if (rounds_activations(cpu.backend, format))
+        check(cpu, p, data, format, expected(p, data, as_seen(data, true), 1), label(variant, format));
       else
-        check(cpu, p, data, format, plain, label(level, format));
+        check(cpu, p, data, format, plain, label(variant, format));
     }
     Runner<Reference<float>> reference;
     check(reference, p, data, format, plain, "Reference<float>");
@@ -198,9 +199,9 @@ TEST_CASE("linear: large and small arguments of the activations") {
   const std::vector<float> values{0.0F, -0.0F, 1e-30F, -1e-30F, 0.0078125F, 0.5F, -0.5F, 1.0F, -1.0F, 3.0F,  -3.0F,
                                   5.5F, -5.5F, 20.0F,  -20.0F,  88.0F,      -88.0F, 200.0F, -200.0F, 60000.0F, -60000.0F};
   for (const Activation activation : activations)
-    for (const IsaLevel level : levels())
-      for (const DType format : formats) {
-        Runner<Cpu> cpu(Cpu(CpuOptions{.threads = 1, .max_isa = level}));
+    for (const DType format : formats)
+      for (const Variant& variant : variants(format)) {
+        Runner<Cpu> cpu(Cpu(variant.options(1)));
         Tensor<float> one(Shape{1, 1}), x(Shape{static_cast<std::int64_t>(values.size()), 1}), y(x.shape());
         one.data()[0] = 1;
         for (std::size_t i = 0; i < values.size(); ++i) x.data()[i] = rounded(values[i], DType::bf16);
@@ -212,7 +213,7 @@ TEST_CASE("linear: large and small arguments of the activations") {
           const double z = static_cast<double>(x.data()[i]);
           worst.add(static_cast<double>(y.data()[i]), detail::apply_activation(activation, z), 16 * u32 * std::abs(z) + 0x1.0p-126, i, 0);
         }
-        CHECK_MESSAGE(worst.passed(), label(level, format), " activation ", static_cast<int>(activation), " at ", worst.where());
+        CHECK_MESSAGE(worst.passed(), label(variant, format), " activation ", static_cast<int>(activation), " at ", worst.where());
       }
 }
 
@@ -230,10 +231,10 @@ TEST_CASE("linear: a row has the same bits alone, in a batch, and on any number 
     for (const DType format : formats) {
       Random data_random(2000 + static_cast<std::uint64_t>(trial));
       const Data data(p, format, data_random);
-      for (const IsaLevel level : levels()) {
+      for (const Variant& variant : variants(format)) {
         Tensor<float> first(Shape{p.m, p.n});
-        for (const int threads : {1, 2, 3}) {
-          Runner<Cpu> cpu(Cpu(CpuOptions{.threads = threads, .max_isa = level}));
+        for (const int threads : {1, 2, 3, 4}) {
+          Runner<Cpu> cpu(Cpu(variant.options(threads)));
           const PackedMatrix w = ops::pack(cpu.ctx, std::span<const AnyTensor>(data.sources), format, p.gated);
           Tensor<float> y(Shape{p.m, p.n});
           const auto run = [&](std::int64_t begin, std::int64_t end) {
@@ -243,17 +244,17 @@ TEST_CASE("linear: a row has the same bits alone, in a batch, and on any number 
           };
           run(0, p.m);
           if (threads == 1) first = y.clone();
-          CHECK_MESSAGE(same_bits(matrix(y), matrix(first)), label(level, format), " ", threads, " threads at once, ", p.string());
+          CHECK_MESSAGE(same_bits(matrix(y), matrix(first)), label(variant, format), " ", threads, " threads at once, ", p.string());
           for (float& v : y.span()) v = -1;
           for (std::int64_t i = 0; i < p.m; ++i) run(i, i + 1);
-          CHECK_MESSAGE(same_bits(matrix(y), matrix(first)), label(level, format), " ", threads, " threads, rows alone, ", p.string());
+          CHECK_MESSAGE(same_bits(matrix(y), matrix(first)), label(variant, format), " ", threads, " threads, rows alone, ", p.string());
           for (float& v : y.span()) v = -1;
           for (std::int64_t i = 0; i < p.m;) {
             const std::int64_t end = std::min(p.m, i + random.integer(1, 29));
             run(i, end);
             i = end;
           }
-          CHECK_MESSAGE(same_bits(matrix(y), matrix(first)), label(level, format), " ", threads, " threads, chunks, ", p.string());
+          CHECK_MESSAGE(same_bits(matrix(y), matrix(first)), label(variant, format), " ", threads, " threads, chunks, ", p.string());
         }
       }
     }
@@ -289,7 +290,7 @@ TEST_CASE("pack: sources in f16 and f64, of rank 4, rounded to the format") {
   const Tensor<float> x = random_tensor<float>(random, Shape{4, 12}, DType::bf16);
   const AnyTensor sources[] = {AnyTensor(std::move(half)), AnyTensor(std::move(wide)), AnyTensor(std::move(values))};
   for (const DType format : formats) {
-    Runner<Cpu> cpu(Cpu(CpuOptions{.threads = 1, .max_isa = {}}));
+    Runner<Cpu> cpu(Cpu(CpuOptions{.threads = 1}));
     const PackedMatrix w = ops::pack(cpu.ctx, std::span<const AnyTensor>(sources), format);
     CHECK(w.rows == 15);
     CHECK(w.cols == 12);
@@ -313,7 +314,7 @@ std::string message_of(F&& f) {
 }
 
 TEST_CASE("linear and pack: errors name both sides") {
-  Runner<Cpu> cpu(Cpu(CpuOptions{.threads = 1, .max_isa = {}}));
+  Runner<Cpu> cpu(Cpu(CpuOptions{.threads = 1}));
   const AnyTensor a{Tensor<float>(Shape{4, 6})}, b{Tensor<float>(Shape{4, 7})}, c{Tensor<float>(Shape{5, 6})}, vector{Tensor<float>(Shape{6})};
   const PackedMatrix w = ops::pack(cpu.ctx, std::span(&a, 1), DType::f32);
   Tensor<float> x(Shape{2, 5}), x6(Shape{2, 6}), y(Shape{2, 4}), y3(Shape{3, 4});

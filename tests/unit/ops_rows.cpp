@@ -210,7 +210,7 @@ TEST_CASE("gather_rows, from every dtype") {
       Tensor<float> none(Shape{0, n});
       CHECK_NOTHROW(ops::gather_rows(runner.ctx, table, {}, none.template view<2>()));
     });
-  Runner<Cpu> cpu(Cpu(CpuOptions{.threads = 1, .max_isa = {}}));
+  Runner<Cpu> cpu(Cpu(CpuOptions{.threads = 1}));
   Tensor<float> y(Shape{1, n});
   for (const std::int32_t id : {-1, 11}) {
     const std::int32_t bad[] = {id};
@@ -244,7 +244,7 @@ TEST_CASE("patchify lays out patches as the weight of a convolution") {
       CHECK(y.gaps_untouched());
     });
   }
-  Runner<Cpu> cpu(Cpu(CpuOptions{.threads = 1, .max_isa = {}}));
+  Runner<Cpu> cpu(Cpu(CpuOptions{.threads = 1}));
   const Tensor<float> pixels(Shape{3, 10, 8});
   Tensor<float> y(Shape{6, 48});
   CHECK_THROWS_WITH_AS(ops::patchify(cpu.ctx, pixels.view<3>(), 0, y.view<2>()), "m2lm::ops::patchify: patch = 0", ShapeError);
@@ -273,7 +273,7 @@ TEST_CASE("a row has the same bits alone and in a batch, on any number of thread
 }
 
 TEST_CASE("errors name both sides") {
-  Runner<Cpu> cpu(Cpu(CpuOptions{.threads = 1, .max_isa = {}}));
+  Runner<Cpu> cpu(Cpu(CpuOptions{.threads = 1}));
   const Tensor<float> x(Shape{2, 6}), w(Shape{5}), c(Shape{3, 2});
   Tensor<float> y(Shape{2, 6}), z(Shape{3, 6});
   CHECK_THROWS_WITH_AS(ops::rms_norm(cpu.ctx, matrix(x), vector(w), 1e-5, y.view<2>()), "m2lm::ops::rms_norm: weight has 5 elements, x is [2, 6]", ShapeError);

@@ -35,8 +35,23 @@ inline std::vector<IsaLevel> levels() {
 
 inline constexpr std::array<DType, 2> formats{DType::f32, DType::bf16};
 
-/// True where a level's kernels round the activations of a bf16 product to bf16.
-inline bool rounds_activations(IsaLevel level, DType format) { return format == DType::bf16 && level == IsaLevel::avx512_bf16; }
+/// A level, and which of its two ways to multiply bf16 (they differ at avx512_bf16 only).
+struct Variant {
+  IsaLevel level = IsaLevel::baseline;
+  bool bf16_dot = false;
+  CpuOptions options(int threads) const { return {.threads = threads, .max_isa = level, .bf16_dot = bf16_dot}; }
+};
+
+/// Every set of kernels that this machine can run, for weights of `format`.
+inline std::vector<Variant> variants(DType format) {
+  std::vector<Variant> out;
+  for (const IsaLevel level : levels()) out.push_back({level, false});
+  if (format == DType::bf16 && default_isa() == IsaLevel::avx512_bf16) out.push_back({IsaLevel::avx512_bf16, true});
+  return out;
+}
+
+/// True where the kernels round the activations of a product to bf16.
+inline bool rounds_activations(const Cpu& cpu, DType format) { return cpu.kernels().format(format)->bf16_activations; }
 
 inline float rounded(float x, DType format) { return format == DType::bf16 ? to_float(to_bf16(x)) : x; }
 
@@ -154,7 +169,9 @@ struct Runner {
   Runner& operator=(const Runner&) = delete;
 };
 
-inline std::string label(IsaLevel level, DType format) { return concat(isa_name(level), " ", dtype_name(format)); }
+inline std::string label(const Variant& variant, DType format) {
+  return concat(isa_name(variant.level), variant.bf16_dot ? " dot " : " ", dtype_name(format));
+}
 
 /// Keys and values of one layer with their memory. Never moved: the views point into it.
 template <class B>

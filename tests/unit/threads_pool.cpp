@@ -96,15 +96,15 @@ TEST_CASE("split covers the range in order, at multiples of the grain") {
 }
 
 TEST_CASE("a Cpu shared by several threads gives each the bits it would get alone") {
-  const Cpu cpu(CpuOptions{.threads = 2, .max_isa = {}});
-  const std::int64_t m = 9, k = 120, n = 200;
+  const Cpu cpu(CpuOptions{.threads = 2});
+  const std::int64_t m = 9, k = 220, n = 200;  // enough for the pool to be used
   Tensor<float> weights(Shape{n, k}), x(Shape{m, k});
   Rng rng(5);
   for (float& v : weights.span()) v = static_cast<float>(rng.uniform() - 0.5);
   for (float& v : x.span()) v = static_cast<float>(rng.uniform() - 0.5);
   const AnyTensor weight(std::move(weights));
   for (const DType format : {DType::f32, DType::bf16}) {
-    Cpu own(CpuOptions{.threads = 1, .max_isa = {}});
+    Cpu own(CpuOptions{.threads = 1});
     Arena own_arena;
     Context<Cpu> own_ctx{own, own_arena};
     const PackedMatrix w = ops::pack(own_ctx, std::span(&weight, 1), format);

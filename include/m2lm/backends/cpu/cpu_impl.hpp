@@ -12,7 +12,7 @@ namespace m2lm {
 M2LM_IMPL Cpu::Cpu(const CpuOptions& options) {
   const IsaLevel allowed = default_isa();
   const IsaLevel level = options.max_isa && *options.max_isa < allowed ? *options.max_isa : allowed;
-  state_ = std::make_shared<State>(options.threads, &detail::kernel_table(level));
+  state_ = std::make_shared<State>(options.threads, &detail::kernel_table(level, options.bf16_dot.value_or(detail::fast_bf16_dot())));
 }
 
 namespace detail {
@@ -89,29 +89,12 @@ M2LM_IMPL PackedMatrix cpu_pack(const Cpu& cpu, std::span<const AnyTensor> sourc
 M2LM_IMPL void cpu_linear(const Cpu& cpu, Arena& arena, Matrix<const float> x, const PackedMatrix& w, const Epilogue<float>& epilogue, Matrix<float> y) {
   const FormatKernels& kernels = cpu_format(cpu, w.format);
   const Arena::Scope scope(arena);
-  const std::int64_t m = x.extent(0), k = round_up(w.cols, kernels.k_step);
+  const std::int64_t m = x.extent(0);
   const int parts = cpu.threads();
-  GemmJob job{.x = x.data(), .ldx = x.stride(0), .w = w.data.get(), .m = m, .n = w.rows, .k = k, .gated = w.gated, .bias = epilogue.bias,
-              .activation = epilogue.activation, .residual = epilogue.residual.data(), .ld_residual = epilogue.residual.stride(0), .y = y.data(),
-              .ldy = y.stride(0)};
-  if (kernels.bf16_activations) {
-    Bf16* converted = arena.take<Bf16>(m * k);
-    cpu_for_rows(cpu, m, m * k, [&](std::int64_t i) {
-      cpu.kernels().to_bf16(x.row(i), converted + i * k, w.cols);
-      for (std::int64_t j = w.cols; j < k; ++j) converted[i * k + j] = Bf16{};
-    });
-    job.x = converted;
-    job.ldx = k;
-  } else if (k != w.cols) {
-    float* padded = arena.take<float>(m * k);
-    for (std::int64_t i = 0; i < m; ++i) {
-      std::copy_n(x.row(i), w.cols, padded + i * k);
-      std::fill(padded + i * k + w.cols, padded + (i + 1) * k, 0.0F);
-    }
-    job.x = padded;
-    job.ldx = k;
-  }
-  const std::size_t scratch_bytes = kernels.gemm_scratch();
+  const GemmJob job{.x = x.data(), .ldx = x.stride(0), .w = w.data.get(), .m = m, .n = w.rows, .k = round_up(w.cols, kernels.k_step), .cols = w.cols,
+                    .gated = w.gated, .bias = epilogue.bias, .activation = epilogue.activation, .residual = epilogue.residual.data(),
+                    .ld_residual = epilogue.residual.stride(0), .y = y.data(), .ldy = y.stride(0)};
+  const std::size_t scratch_bytes = kernels.gemm_scratch(m);
   std::byte* scratch = arena.take<std::byte>(static_cast<std::int64_t>(scratch_bytes) * parts);
   constexpr std::int64_t worth_a_barrier = 1 << 18;  // products: some microseconds of one thread
   if (m * w.rows * w.cols < worth_a_barrier) {

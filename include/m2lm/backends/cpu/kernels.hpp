@@ -21,10 +21,11 @@ inline constexpr std::int64_t key_block = 128;
 constexpr std::int64_t round_up(std::int64_t n, std::int64_t to) { return (n + to - 1) / to * to; }
 
 struct GemmJob {
-  const void* x = nullptr;  ///< [m, ldx] f32, or bf16 where FormatKernels::bf16_activations
+  const float* x = nullptr;
   std::int64_t ldx = 0;
   const std::byte* w = nullptr;
   std::int64_t m = 0, n = 0, k = 0;  ///< n counts rows of w; k is padded to the format's step
+  std::int64_t cols = 0;             ///< k without padding
   bool gated = false;
   const float* bias = nullptr;
   Activation activation = Activation::none;
@@ -48,10 +49,10 @@ struct AttentionJob {
 
 /// What a level does with one weight format.
 struct FormatKernels {
-  bool bf16_activations = false;  ///< the tile kernel reads x as bf16
+  bool bf16_activations = false;  ///< x is rounded to bf16, and so are q and the probabilities of attention
   std::int64_t k_step = 1;        ///< inputs are padded to a multiple of this
   void (*gemm)(const GemmJob&, int part, int parts, std::byte* scratch) = nullptr;
-  std::size_t (*gemm_scratch)() = nullptr;
+  std::size_t (*gemm_scratch)(std::int64_t m) = nullptr;
   void (*attention)(const AttentionJob&, int part, int parts, std::byte* scratch) = nullptr;
   std::size_t (*attention_scratch)(std::int64_t head_dim) = nullptr;
 };
@@ -59,7 +60,6 @@ struct FormatKernels {
 struct KernelTable {
   IsaLevel level = IsaLevel::baseline;
   FormatKernels f32{}, bf16{};
-  void (*to_bf16)(const float* x, Bf16* y, std::int64_t n) = nullptr;
   void (*rms_norm)(const float* x, const float* weight, float eps, float* y, std::int64_t n) = nullptr;
   void (*layer_norm)(const float* x, const float* weight, const float* bias, float eps, float* y, std::int64_t n) = nullptr;
   void (*rope)(float* x, std::int64_t heads, std::int64_t head_dim, const float* cos, const float* sin) = nullptr;
@@ -73,7 +73,11 @@ struct KernelTable {
   }
 };
 
-/// The table of a level. requires a level that this machine has.
-const KernelTable& kernel_table(IsaLevel level);
+/// The table of a level. requires a level that this machine has. `bf16_dot`: multiply bf16 by VDPBF16PS where the level has it.
+const KernelTable& kernel_table(IsaLevel level, bool bf16_dot);
+
+/// Whether VDPBF16PS does more products per cycle than f32 FMA: twice as many on AMD (Zen 4 and 5); on Intel, which issues one
+/// every two cycles, half as many.
+bool fast_bf16_dot();
 
 }  // namespace m2lm::detail

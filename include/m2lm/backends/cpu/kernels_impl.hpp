@@ -3,22 +3,12 @@
 #pragma once
 
 #include <m2lm/backends/cpu/kernels.hpp>
+#include <m2lm/core/threads.hpp>
 
 #include <cstdlib>
 
 #if M2LM_X86_64
 #include <immintrin.h>
-#endif
-
-// A target region: functions between begin and end may use the instructions of `features`, whatever the file is compiled for.
-#if defined(__clang__)
-#define M2LM_REGION_PRAGMA(text) _Pragma(#text)
-#define M2LM_REGION_BEGIN(features) M2LM_REGION_PRAGMA(clang attribute push(__attribute__((target(features))), apply_to = function))
-#define M2LM_REGION_END _Pragma("clang attribute pop")
-#else
-#define M2LM_REGION_PRAGMA(text) _Pragma(#text)
-#define M2LM_REGION_BEGIN(features) _Pragma("GCC push_options") M2LM_REGION_PRAGMA(GCC target(features))
-#define M2LM_REGION_END _Pragma("GCC pop_options")
 #endif
 
 namespace m2lm::detail::cpu_baseline {
@@ -38,7 +28,6 @@ M2LM_REGION_END
 M2LM_REGION_BEGIN("avx2,fma,f16c,avx512f,avx512bw,avx512dq,avx512vl")
 namespace m2lm::detail::cpu_avx512 {
 #include <m2lm/backends/cpu/kernels/simd_avx512.inc.hpp>
-#include <m2lm/backends/cpu/kernels/simd_avx512_f.inc.hpp>
 #include <m2lm/backends/cpu/kernels/kernels.inc.hpp>
 }  // namespace m2lm::detail::cpu_avx512
 M2LM_REGION_END
@@ -55,9 +44,6 @@ M2LM_REGION_END
 #endif
 
 #undef M2LM_CPU_NATIVE_BF16
-#undef M2LM_REGION_BEGIN
-#undef M2LM_REGION_END
-#undef M2LM_REGION_PRAGMA
 
 namespace m2lm {
 
@@ -85,20 +71,29 @@ M2LM_IMPL IsaLevel default_isa() {
 
 namespace detail {
 
-M2LM_IMPL const KernelTable& kernel_table(IsaLevel level) {
+M2LM_IMPL bool fast_bf16_dot() {
+#if M2LM_X86_64
+  return __builtin_cpu_supports("avx512bf16") && __builtin_cpu_is("amd");
+#else
+  return false;
+#endif
+}
+
+M2LM_IMPL const KernelTable& kernel_table(IsaLevel level, [[maybe_unused]] bool bf16_dot) {
   // Each table is made by code of its own level, so it is made only when that level is asked for.
   switch (level) {
 #if M2LM_X86_64
     case IsaLevel::avx512_bf16: {
-      static const KernelTable table = cpu_avx512_bf16::make_table(level);
-      return table;
+      static const KernelTable with_f32_products = cpu_avx512_bf16::make_table(level, false);
+      static const KernelTable with_dot = cpu_avx512_bf16::make_table(level, true);
+      return bf16_dot ? with_dot : with_f32_products;
     }
     case IsaLevel::avx512: {
-      static const KernelTable table = cpu_avx512::make_table(level);
+      static const KernelTable table = cpu_avx512::make_table(level, false);
       return table;
     }
     case IsaLevel::avx2: {
-      static const KernelTable table = cpu_avx2::make_table(level);
+      static const KernelTable table = cpu_avx2::make_table(level, false);
       return table;
     }
 #else
@@ -108,7 +103,7 @@ M2LM_IMPL const KernelTable& kernel_table(IsaLevel level) {
 #endif
     case IsaLevel::baseline: break;
   }
-  static const KernelTable table = cpu_baseline::make_table(IsaLevel::baseline);
+  static const KernelTable table = cpu_baseline::make_table(IsaLevel::baseline, false);
   return table;
 }
 

@@ -61,6 +61,20 @@ struct Sums {
       M2LM_UNROLL
       for (int v = 0; v < vectors_per_panel; ++v) sum[r][v] = accumulate ? load(c + r * ldc + v * width) : set(0.0F);
   }
+  // One input: sum[r][·] += x[r * ldx] · b[·].
+  [[gnu::always_inline]] void step(const float* x, std::int64_t ldx, const Vec (&b)[vectors_per_panel]) {
+    M2LM_UNROLL
+    for (int r = 0; r < Rows; ++r) {
+      const Vec a = set(x[r * ldx]);
+      M2LM_UNROLL
+      for (int v = 0; v < vectors_per_panel; ++v) sum[r][v] = fma(a, b[v], sum[r][v]);
+    }
+  }
+  // One input, one vector of outputs: sum[·][v] += a[·] · b.
+  [[gnu::always_inline]] void step(const Vec (&a)[Rows], int v, Vec b) {
+    M2LM_UNROLL
+    for (int r = 0; r < Rows; ++r) sum[r][v] = fma(a[r], b, sum[r][v]);
+  }
   [[gnu::always_inline]] void store_to(float* c, std::int64_t ldc) const {
     M2LM_UNROLL
     for (int r = 0; r < Rows; ++r)
@@ -69,21 +83,32 @@ struct Sums {
   }
 };
 
+// Not inlined: the callers' values would take registers that the sums need.
+// With 32 vector registers a step keeps the vectors of w and walks the rows; with 16 it keeps the x of its few rows and walks w.
+inline constexpr bool walk_rows = width == 16;
+
 struct F32Tile {
   using X = float;
   using W = float;
   static constexpr std::int64_t k_step = 1;
   static constexpr bool bf16_activations = false;
+  static constexpr bool widens = false;
 
   template <int Rows>
-  static void run(const X* x, std::int64_t ldx, const W* w, std::int64_t k, float* c, std::int64_t ldc, bool accumulate) {
+  [[gnu::noinline]] static void run(const X* x, std::int64_t ldx, const W* w, std::int64_t k, float* c, std::int64_t ldc, bool accumulate) {
     Sums<Rows> s(c, ldc, accumulate);
-    for (std::int64_t i = 0; i < k; ++i) {
-      M2LM_UNROLL
-      for (int v = 0; v < vectors_per_panel; ++v) {
-        const Vec b = load(w + i * panel_width + v * width);
+    for (std::int64_t i = 0; i < k; ++i, w += panel_width) {
+      if constexpr (walk_rows) {
+        Vec b[vectors_per_panel];
         M2LM_UNROLL
-        for (int r = 0; r < Rows; ++r) s.sum[r][v] = fma(set(x[r * ldx + i]), b, s.sum[r][v]);
+        for (int v = 0; v < vectors_per_panel; ++v) b[v] = load(w + v * width);
+        s.step(x + i, ldx, b);
+      } else {
+        Vec a[Rows];
+        M2LM_UNROLL
+        for (int r = 0; r < Rows; ++r) a[r] = set(x[r * ldx + i]);
+        M2LM_UNROLL
+        for (int v = 0; v < vectors_per_panel; ++v) s.step(a, v, load(w + v * width));
       }
     }
     s.store_to(c, ldc);
@@ -92,46 +117,70 @@ struct F32Tile {
 };
 
 // bf16 weights, f32 activations: a bf16 is the upper half of an f32, so a shift and a mask widen a pair.
-struct Bf16WeightTile {
+struct Bf16Tile {
   using X = float;
   using W = std::uint16_t;
   static constexpr std::int64_t k_step = 2;
   static constexpr bool bf16_activations = false;
+  static constexpr bool widens = true;
 
   template <int Rows>
-  static void run(const X* x, std::int64_t ldx, const W* w, std::int64_t k, float* c, std::int64_t ldc, bool accumulate) {
+  [[gnu::noinline]] static void run(const X* x, std::int64_t ldx, const W* w, std::int64_t k, float* c, std::int64_t ldc, bool accumulate) {
     Sums<Rows> s(c, ldc, accumulate);
-    for (std::int64_t i = 0; i < k; i += 2) {
-      M2LM_UNROLL
-      for (int v = 0; v < vectors_per_panel; ++v) {
-        Vec even, odd;
-        load_bf16_pairs(w + i * panel_width + v * width * 2, even, odd);
+    for (std::int64_t i = 0; i < k; i += 2, w += panel_width * 2) {
+      if constexpr (walk_rows) {
+        Vec even[vectors_per_panel], odd[vectors_per_panel];
         M2LM_UNROLL
-        for (int r = 0; r < Rows; ++r) s.sum[r][v] = fma(set(x[r * ldx + i + 1]), odd, fma(set(x[r * ldx + i]), even, s.sum[r][v]));
+        for (int v = 0; v < vectors_per_panel; ++v) {
+          even[v] = load_bf16_even(w + v * width * 2);
+          odd[v] = load_bf16_odd(w + v * width * 2);
+        }
+        s.step(x + i, ldx, even);
+        s.step(x + i + 1, ldx, odd);
+      } else {
+        Vec a[Rows];
+        M2LM_UNROLL
+        for (int r = 0; r < Rows; ++r) a[r] = set(x[r * ldx + i]);
+        M2LM_UNROLL
+        for (int v = 0; v < vectors_per_panel; ++v) s.step(a, v, load_bf16_even(w + v * width * 2));
+        asm("" : "+r"(w));  // load w again below: there is no register to keep it in
+        M2LM_UNROLL
+        for (int r = 0; r < Rows; ++r) a[r] = set(x[r * ldx + i + 1]);
+        M2LM_UNROLL
+        for (int v = 0; v < vectors_per_panel; ++v) s.step(a, v, load_bf16_odd(w + v * width * 2));
       }
     }
     s.store_to(c, ldc);
   }
   static void convert(const float* x, std::int64_t n, X* out) { __builtin_memcpy(out, x, static_cast<std::size_t>(n) * sizeof(float)); }
+
+  // The same panel in f32: for many rows it is cheaper to widen once. F32Tile then does the same operations in the same order.
+  static void widen(const W* w, std::int64_t k, float* out) {
+    for (std::int64_t i = 0; i < k; i += 2)
+      for (int v = 0; v < vectors_per_panel; ++v) {
+        store(out + i * panel_width + v * width, load_bf16_even(w + i * panel_width + v * width * 2));
+        store(out + (i + 1) * panel_width + v * width, load_bf16_odd(w + i * panel_width + v * width * 2));
+      }
+  }
 };
 
 #if M2LM_CPU_NATIVE_BF16
 // bf16 weights and activations: VDPBF16PS, two products per lane and instruction.
-struct Bf16Tile {
+struct Bf16DotTile {
   using X = std::uint16_t;
   using W = std::uint16_t;
   static constexpr std::int64_t k_step = 2;
   static constexpr bool bf16_activations = true;
+  static constexpr bool widens = false;
 
   template <int Rows>
-  static void run(const X* x, std::int64_t ldx, const W* w, std::int64_t k, float* c, std::int64_t ldc, bool accumulate) {
+  [[gnu::noinline]] static void run(const X* x, std::int64_t ldx, const W* w, std::int64_t k, float* c, std::int64_t ldc, bool accumulate) {
     Sums<Rows> s(c, ldc, accumulate);
-    for (std::int64_t i = 0; i < k; i += 2) {
-      const W* b = w + i * panel_width;
+    for (std::int64_t i = 0; i < k; i += 2, w += panel_width * 2) {
       M2LM_UNROLL
       for (int r = 0; r < Rows; ++r)
         M2LM_UNROLL
-        for (int v = 0; v < vectors_per_panel; ++v) s.sum[r][v] = dot_bf16_pairs(s.sum[r][v], x + r * ldx + i, b + v * width * 2);
+        for (int v = 0; v < vectors_per_panel; ++v) s.sum[r][v] = dot_bf16_pairs(s.sum[r][v], x + r * ldx + i, w + v * width * 2);
     }
     s.store_to(c, ldc);
   }
@@ -142,8 +191,6 @@ struct Bf16Tile {
     for (; i < n; ++i) y[i] = m2lm::to_bf16(x[i]);
   }
 };
-#else
-using Bf16Tile = Bf16WeightTile;
 #endif
 
 // Any number of rows, in tiles of tile_rows, then of 8, 4, 2 and 1 (few sizes: each is code to compile).
@@ -158,11 +205,50 @@ inline void run_rows(std::int64_t rows, const typename Tile::X* x, std::int64_t 
   }
 }
 
+// Rows from which on a panel of narrow weights is widened first.
+inline constexpr std::int64_t widen_from = tile_rows * 3 < 12 ? 12 : tile_rows * 3;
+
+// run_rows, or the same on a panel that is widened first where that pays.
+template <class Tile>
+inline void run_rows_widened(std::int64_t rows, const typename Tile::X* x, std::int64_t ldx, const typename Tile::W* w, std::int64_t k, float* c,
+                             std::int64_t ldc, bool accumulate, [[maybe_unused]] float* wide) {
+  if constexpr (Tile::widens) {
+    if (rows >= widen_from) {
+      Tile::widen(w, k, wide);
+      run_rows<F32Tile>(rows, x, ldx, wide, k, c, ldc, accumulate);
+      return;
+    }
+  }
+  run_rows<Tile>(rows, x, ldx, w, k, c, ldc, accumulate);
+}
+
 // ---- GEMM -----------------------------------------------------------------------------------------------------------------
 
-inline constexpr std::int64_t gemm_row_block = 192;  // rows whose sums stay in the scratch buffer: 24 KB
+// Blocks for an L1 of 32 to 48 KB and an L2 of 1 MB or more: 32 KB of a panel stay in L1 while all rows of a block pass by; the
+// rows of x (240 KB) and the sums of a group of panels (360 KB) stay in L2. No block size changes a bit of the result.
+inline constexpr std::int64_t gemm_row_block = 240;
+inline constexpr std::int64_t gemm_panel_group = 12;
 
-inline std::size_t gemm_scratch() { return static_cast<std::size_t>(gemm_row_block * panel_width) * sizeof(float); }
+template <class Tile>
+inline constexpr std::int64_t gemm_k_block = 32768 / (panel_width * static_cast<std::int64_t>(Tile::widens ? sizeof(float) : sizeof(typename Tile::W)));
+// Rows of x in the buffer lie a cache line further apart than a power of two, or they would share the sets of the cache.
+template <class Tile>
+inline constexpr std::int64_t gemm_ldx = gemm_k_block<Tile> + 64 / static_cast<std::int64_t>(sizeof(typename Tile::X));
+
+// The rows of a block, evenly: 577 rows are three blocks of 204 or less, not two of 240 and one of 97.
+inline std::int64_t gemm_rows_per_block(std::int64_t m) {
+  const std::int64_t blocks = (m + gemm_row_block - 1) / gemm_row_block;
+  return blocks == 0 ? 0 : round_up((m + blocks - 1) / blocks, tile_rows);
+}
+
+template <class Tile>
+std::size_t gemm_scratch(std::int64_t m) {
+  const std::int64_t rows = m < gemm_row_block ? round_up(m, tile_rows) : gemm_row_block;
+  const std::int64_t x = rows * gemm_ldx<Tile> * static_cast<std::int64_t>(sizeof(typename Tile::X));
+  const std::int64_t sums = rows * panel_width * gemm_panel_group * static_cast<std::int64_t>(sizeof(float));
+  const std::int64_t wide = Tile::widens && rows >= widen_from ? gemm_k_block<Tile> * panel_width * static_cast<std::int64_t>(sizeof(float)) : 0;
+  return static_cast<std::size_t>(sums + round_up(x, 64) + wide);
+}
 
 inline void finish_panel(const GemmJob& job, const float* sums, std::int64_t row0, std::int64_t rows, std::int64_t panel) {
   const std::int64_t outputs = job.gated ? job.n / 2 : job.n;
@@ -197,43 +283,60 @@ inline void finish_panel(const GemmJob& job, const float* sums, std::int64_t row
   }
 }
 
-// The panels are split between the threads; per block of rows a panel's sums live in scratch (L1), one k block of the panel in
-// L1 and the rows of x in L2.
+// Threads share out the panels, and with few panels and many rows the rows too. Each walks blocks of rows, groups of panels and
+// blocks of inputs; sums stay in scratch between the blocks of inputs.
 template <class Tile>
 void gemm(const GemmJob& job, int part, int parts, std::byte* scratch) {
   using X = typename Tile::X;
   using W = typename Tile::W;
-  constexpr std::int64_t k_block = 16384 / static_cast<std::int64_t>(panel_width * sizeof(W)) * 2;  // 32 KB of a panel
+  constexpr std::int64_t k_block = gemm_k_block<Tile>, ldx = gemm_ldx<Tile>;
+  const std::int64_t step = job.gated ? panel_width / 2 : panel_width;
+  const std::int64_t panels = round_up(job.gated ? job.n / 2 : job.n, step) / step;
+  int row_parts = 1;
+  while (parts / row_parts % 2 == 0 && panels * row_parts < parts * 4 && job.m >= row_parts * tile_rows * 8) row_parts *= 2;
+  const Range my_rows = split(job.m, row_parts, part % row_parts, tile_rows);
+  const Range my_panels = split(panels, parts / row_parts, part / row_parts);
+  const std::int64_t row_block = gemm_rows_per_block(my_rows.end - my_rows.begin);
+  const std::int64_t block_sums = row_block * panel_width;  // of one panel
   float* sums = reinterpret_cast<float*>(scratch);
-  const X* x = static_cast<const X*>(job.x);
+  X* x = reinterpret_cast<X*>(sums + block_sums * gemm_panel_group);
+  float* wide =
+      reinterpret_cast<float*>(reinterpret_cast<std::byte*>(x) + round_up(row_block * ldx * static_cast<std::int64_t>(sizeof(X)), 64));
   const W* w = reinterpret_cast<const W*>(job.w);
-  const std::int64_t panels = round_up(job.gated ? job.n / 2 : job.n, job.gated ? panel_width / 2 : panel_width) /
-                              (job.gated ? panel_width / 2 : panel_width);
-  const std::int64_t l2_rows = 524288 / static_cast<std::int64_t>(sizeof(X)) / (job.k + 1) / tile_rows * tile_rows;
-  const std::int64_t row_block = l2_rows < tile_rows ? tile_rows : (l2_rows < gemm_row_block ? l2_rows : gemm_row_block);
-  const Range mine = split(panels, parts, part);
-  for (std::int64_t row0 = 0; row0 < job.m; row0 += row_block) {
-    const std::int64_t rows = job.m - row0 < row_block ? job.m - row0 : row_block;
-    for (std::int64_t panel = mine.begin; panel < mine.end; ++panel) {
+
+  for (std::int64_t row0 = my_rows.begin; row0 < my_rows.end; row0 += row_block) {
+    const std::int64_t rows = my_rows.end - row0 < row_block ? my_rows.end - row0 : row_block;
+    for (std::int64_t first = my_panels.begin; first < my_panels.end; first += gemm_panel_group) {
+      const std::int64_t last = my_panels.end - first < gemm_panel_group ? my_panels.end : first + gemm_panel_group;
       for (std::int64_t k0 = 0; k0 < job.k || k0 == 0; k0 += k_block) {
         const std::int64_t k = job.k - k0 < k_block ? job.k - k0 : k_block;
         if (M2LM_FAULT(16) && k0 + k == job.k && k0 > 0) continue;  // the last k block dropped
-        run_rows<Tile>(rows, x + row0 * job.ldx + k0, job.ldx, w + panel * job.k * panel_width + k0 * panel_width, k, sums, panel_width, k0 > 0);
+        const std::int64_t given = job.cols - k0 < k ? job.cols - k0 : k;  // the rest is padding
+        for (std::int64_t r = 0; r < rows; ++r) {
+          Tile::convert(job.x + (row0 + r) * job.ldx + k0, given, x + r * ldx);
+          for (std::int64_t i = given; i < k; ++i) x[r * ldx + i] = X{};
+        }
+        for (std::int64_t panel = first; panel < last; ++panel) {
+          const W* block = w + panel * job.k * panel_width + k0 * panel_width;
+          run_rows_widened<Tile>(rows, x, ldx, block, k, sums + (panel - first) * block_sums, panel_width, k0 > 0, wide);
+        }
       }
-      finish_panel(job, sums, row0, rows, panel);
+      for (std::int64_t panel = first; panel < last; ++panel) finish_panel(job, sums + (panel - first) * block_sums, row0, rows, panel);
     }
   }
 }
 
 // ---- attention ------------------------------------------------------------------------------------------------------------
 
-inline constexpr std::int64_t query_rows = tile_rows >= 12 ? 24 : 12;
+// Rows that share one pass over the keys: enough to use a widened block of narrow keys several times.
+inline constexpr std::int64_t query_rows = 48;
 
 template <class Tile>
 std::size_t attention_scratch(std::int64_t head_dim) {
   const std::int64_t dk = round_up(head_dim, Tile::k_step), dv = round_up(head_dim, panel_width);
+  const std::int64_t wide = Tile::widens ? panel_width * (dk > key_block ? dk : key_block) : 0;
   const std::int64_t bytes = query_rows * (round_up(dk, 32) + key_block) * static_cast<std::int64_t>(sizeof(typename Tile::X)) +
-                             (query_rows * (key_block + dv + 2) + dk) * static_cast<std::int64_t>(sizeof(float));
+                             (query_rows * (key_block + dv + 2) + round_up(dk, 16) + wide) * static_cast<std::int64_t>(sizeof(float));
   return static_cast<std::size_t>(round_up(bytes, 64));
 }
 
@@ -276,17 +379,17 @@ void attention(const AttentionJob& job, int part, int parts, std::byte* scratch)
   using W = typename Tile::W;
   const std::int64_t d = job.head_dim, dk = round_up(d, Tile::k_step), dv = round_up(d, panel_width), ldq = round_up(dk, 32);
   X* q = reinterpret_cast<X*>(scratch);
-  X* p = q + query_rows * ldq;
-  float* scores = reinterpret_cast<float*>(p + query_rows * key_block);
+  X* p = q + query_rows * ldq;  // the probabilities, as the tile reads them: in place of the scores if that is f32
+  float* scores = reinterpret_cast<float*>(Tile::bf16_activations ? p + query_rows * key_block : p);
   float* output = scores + query_rows * key_block;
   float* largest = output + query_rows * dv;
   float* sum = largest + query_rows;
   float* row_buffer = sum + query_rows;  // one row of scaled q
+  float* wide = row_buffer + round_up(dk, 16);
   const std::int64_t group = job.heads / job.kv_heads, rows = job.tokens * group, tiles = (rows + query_rows - 1) / query_rows;
-  const Range mine = split(job.kv_heads * tiles, parts, part);
   const bool causal = job.mask.causal || job.mask.window > 0;
 
-  for (std::int64_t task = mine.begin; task < mine.end; ++task) {
+  for (std::int64_t task = part; task < job.kv_heads * tiles; task += parts) {  // in turns: causal tiles grow
     const std::int64_t kv_head = task / tiles, row0 = task % tiles * query_rows;
     const std::int64_t count = rows - row0 < query_rows ? rows - row0 : query_rows;
     const W* keys = reinterpret_cast<const W*>(job.keys_data) + kv_head * job.capacity * dk;
@@ -307,16 +410,16 @@ void attention(const AttentionJob& job, int part, int parts, std::byte* scratch)
     for (std::int64_t block = begin_key / key_block * key_block; block < end_key; block += key_block) {
       const std::int64_t here = end_key - block < key_block ? round_up(end_key - block, panel_width) : key_block;
       for (std::int64_t j = 0; j < here; j += panel_width)
-        run_rows<Tile>(count, q, ldq, keys + (block + j) * dk, dk, scores + j, key_block, false);
+        run_rows_widened<Tile>(count, q, ldq, keys + (block + j) * dk, dk, scores + j, key_block, false, wide);
       for (std::int64_t r = 0; r < count; ++r) {
         const std::int64_t position = job.first + (row0 + r) / group + (M2LM_FAULT(19) ? 1 : 0);
         const std::int64_t low = job.mask.window > 0 ? position - job.mask.window + 1 - block : 0;
         const std::int64_t high = (causal && position + 1 < job.keys ? position + 1 : job.keys) - block;
         softmax_step(scores + r * key_block, low > 0 ? low : 0, high < here ? high : here, here, largest[r], sum[r], output + r * dv, dv);
-        Tile::convert(scores + r * key_block, here, p + r * key_block);
+        if constexpr (Tile::bf16_activations) Tile::convert(scores + r * key_block, here, p + r * key_block);
       }
       for (std::int64_t c = 0; c < dv; c += panel_width)
-        run_rows<Tile>(count, p, key_block, values + c * job.capacity + block * panel_width, here, output + c, dv, true);
+        run_rows_widened<Tile>(count, p, key_block, values + c * job.capacity + block * panel_width, here, output + c, dv, true, wide);
     }
     for (std::int64_t r = 0; r < count; ++r) {
       const std::int64_t head = kv_head * group + (row0 + r) % group;
@@ -328,12 +431,6 @@ void attention(const AttentionJob& job, int part, int parts, std::byte* scratch)
 }
 
 // ---- rows -----------------------------------------------------------------------------------------------------------------
-
-inline void convert_row(const float* x, Bf16* y, std::int64_t n) {
-  std::int64_t i = 0;
-  for (; i + width <= n; i += width) convert_bf16(x + i, y + i);
-  for (; i < n; ++i) y[i] = m2lm::to_bf16(x[i]);
-}
 
 inline void rms_norm(const float* x, const float* weight, float eps, float* y, std::int64_t n) {
   Vec squares = set(0.0F);
@@ -396,18 +493,21 @@ inline FormatKernels format_kernels() {
   return {.bf16_activations = Tile::bf16_activations,
           .k_step = Tile::k_step,
           .gemm = &gemm<Tile>,
-          .gemm_scratch = &gemm_scratch,
+          .gemm_scratch = &gemm_scratch<Tile>,
           .attention = &attention<Tile>,
           .attention_scratch = &attention_scratch<Tile>};
 }
 
-inline KernelTable make_table(IsaLevel level) {
-  return {.level = level,
-          .f32 = format_kernels<F32Tile>(),
-          .bf16 = format_kernels<Bf16Tile>(),
-          .to_bf16 = &convert_row,
-          .rms_norm = &rms_norm,
-          .layer_norm = &layer_norm,
-          .rope = &rope,
-          .add = &add};
+inline KernelTable make_table(IsaLevel level, [[maybe_unused]] bool bf16_dot) {
+  KernelTable table{.level = level,
+                    .f32 = format_kernels<F32Tile>(),
+                    .bf16 = format_kernels<Bf16Tile>(),
+                    .rms_norm = &rms_norm,
+                    .layer_norm = &layer_norm,
+                    .rope = &rope,
+                    .add = &add};
+#if M2LM_CPU_NATIVE_BF16
+  if (bf16_dot) table.bf16 = format_kernels<Bf16DotTile>();
+#endif
+  return table;
 }

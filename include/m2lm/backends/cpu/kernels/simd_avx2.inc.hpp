@@ -3,7 +3,6 @@
 using Vec = __m256;
 inline constexpr int width = 8;
 inline constexpr int tile_rows = 3;
-inline constexpr bool native_bf16 = false;
 
 inline Vec load(const float* p) { return _mm256_loadu_ps(p); }
 inline void store(float* p, Vec v) { _mm256_storeu_ps(p, v); }
@@ -27,11 +26,8 @@ inline float reduce_max(Vec v) {
   s = _mm_max_ps(s, _mm_movehl_ps(s, s));
   return _mm_cvtss_f32(_mm_max_ss(s, _mm_movehdup_ps(s)));
 }
-inline void load_bf16_pairs(const std::uint16_t* p, Vec& even, Vec& odd) {
-  const __m256i bits = _mm256_loadu_si256(reinterpret_cast<const __m256i*>(p));
-  even = _mm256_castsi256_ps(_mm256_slli_epi32(bits, 16));
-  odd = _mm256_castsi256_ps(_mm256_and_si256(bits, _mm256_set1_epi32(static_cast<int>(0xffff0000U))));
-}
-inline void convert_bf16(const float* x, Bf16* y) {
-  for (int i = 0; i < width; ++i) y[i] = m2lm::to_bf16(x[i]);
+inline __m256i load_bits(const std::uint16_t* p) { return _mm256_loadu_si256(reinterpret_cast<const __m256i*>(p)); }
+inline Vec load_bf16_even(const std::uint16_t* p) { return _mm256_castsi256_ps(_mm256_slli_epi32(load_bits(p), 16)); }
+inline Vec load_bf16_odd(const std::uint16_t* p) {
+  return _mm256_castsi256_ps(_mm256_and_si256(load_bits(p), _mm256_set1_epi32(static_cast<int>(0xffff0000U))));
 }

@@ -32,8 +32,9 @@ inline float reduce_max(Vec v) {
   s = _mm_max_ps(s, _mm_movehl_ps(s, s));
   return _mm_cvtss_f32(_mm_max_ss(s, _mm_movehdup_ps(s)));
 }
-inline void load_bf16_pairs(const std::uint16_t* p, Vec& even, Vec& odd) {
-  const __m512i bits = _mm512_loadu_si512(p);
-  even = _mm512_castsi512_ps(_mm512_maskz_slli_epi32(all_lanes, bits, 16));
-  odd = _mm512_castsi512_ps(_mm512_and_si512(bits, _mm512_set1_epi32(static_cast<int>(0xffff0000U))));
+inline Vec load_bf16_even(const std::uint16_t* p) {
+  return _mm512_castsi512_ps(_mm512_maskz_slli_epi32(all_lanes, _mm512_loadu_si512(p), 16));
+}
+inline Vec load_bf16_odd(const std::uint16_t* p) {
+  return _mm512_castsi512_ps(_mm512_and_si512(_mm512_loadu_si512(p), _mm512_set1_epi32(static_cast<int>(0xffff0000U))));
 }

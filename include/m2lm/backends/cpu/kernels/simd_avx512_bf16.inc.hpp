@@ -1,6 +1,5 @@
 // The part of simd_avx512 that differs with BF16 instructions.
 
-inline constexpr bool native_bf16 = true;
 inline void convert_bf16(const float* x, Bf16* y) {
   const __m256bh v = _mm512_cvtneps_pbh(_mm512_loadu_ps(x));
   __builtin_memcpy(static_cast<void*>(y), &v, sizeof(v));

@@ -4,7 +4,6 @@ using Vec [[gnu::vector_size(16)]] = float;
 using Mask [[gnu::vector_size(16)]] = int;
 inline constexpr int width = 4;
 inline constexpr int tile_rows = 1;
-inline constexpr bool native_bf16 = false;
 
 inline Vec load(const float* p) {
   Vec v;
@@ -30,12 +29,10 @@ inline float reduce_max(Vec v) {
   const float a = v[0] > v[1] ? v[0] : v[1], b = v[2] > v[3] ? v[2] : v[3];
   return a > b ? a : b;
 }
-inline void load_bf16_pairs(const std::uint16_t* p, Vec& even, Vec& odd) {
+inline Mask load_bits(const std::uint16_t* p) {
   Mask bits;
   __builtin_memcpy(&bits, p, sizeof(bits));
-  even = (Vec)(bits << 16);
-  odd = (Vec)(bits & static_cast<int>(0xffff0000U));
+  return bits;
 }
-inline void convert_bf16(const float* x, Bf16* y) {
-  for (int i = 0; i < width; ++i) y[i] = m2lm::to_bf16(x[i]);
-}
+inline Vec load_bf16_even(const std::uint16_t* p) { return (Vec)(load_bits(p) << 16); }
+inline Vec load_bf16_odd(const std::uint16_t* p) { return (Vec)(load_bits(p) & static_cast<int>(0xffff0000U)); }
