@@ -17,7 +17,7 @@
 #endif
 
 // A user's own stb, included before or after this file, keeps its settings and stays apart: the guards and the linkage macros are
-// put aside, the functions lie in m2lm::detail::stb. Only formats with a signature are read: TGA has none, so that any bytes might
+// put aside, the functions lie in m2lm::detail::stb and begin with m2lm_. Only formats with a signature are read: TGA has none, so that any bytes might
 // be taken for one; HDR, PIC and PSD are not what people show to a model, and PNM is read by io/image.hpp itself.
 #pragma push_macro("STBI_INCLUDE_STB_IMAGE_H")
 #pragma push_macro("STB_IMAGE_IMPLEMENTATION")
@@ -31,6 +31,9 @@
 #pragma push_macro("STBI_NO_PIC")
 #pragma push_macro("STBI_NO_PSD")
 #pragma push_macro("STBI_NO_PNM")
+#pragma push_macro("stbi__err")
+#pragma push_macro("stbi__errpf")
+#pragma push_macro("stbi__errpuc")
 #pragma push_macro("INCLUDE_STB_IMAGE_WRITE_H")
 #pragma push_macro("STB_IMAGE_WRITE_IMPLEMENTATION")
 #pragma push_macro("STB_IMAGE_WRITE_STATIC")
@@ -39,6 +42,9 @@
 #pragma push_macro("STBI_WRITE_NO_STDIO")
 #undef STBI_INCLUDE_STB_IMAGE_H
 #undef STBIDEF
+#undef stbi__err
+#undef stbi__errpf
+#undef stbi__errpuc
 #undef STBI_ASSERT
 #undef INCLUDE_STB_IMAGE_WRITE_H
 #undef STBIWDEF
@@ -57,6 +63,37 @@
 #define STB_IMAGE_WRITE_STATIC
 #define STBIW_ASSERT(condition) static_cast<void>(condition)
 #define STBI_WRITE_NO_STDIO
+
+// stb_image declares its functions extern "C", which a namespace does not keep apart in the object file.
+#define stbi_convert_iphone_png_to_rgb m2lm_stbi_convert_iphone_png_to_rgb
+#define stbi_convert_iphone_png_to_rgb_thread m2lm_stbi_convert_iphone_png_to_rgb_thread
+#define stbi_failure_reason m2lm_stbi_failure_reason
+#define stbi_hdr_to_ldr_gamma m2lm_stbi_hdr_to_ldr_gamma
+#define stbi_hdr_to_ldr_scale m2lm_stbi_hdr_to_ldr_scale
+#define stbi_image_free m2lm_stbi_image_free
+#define stbi_info_from_callbacks m2lm_stbi_info_from_callbacks
+#define stbi_info_from_memory m2lm_stbi_info_from_memory
+#define stbi_is_16_bit_from_callbacks m2lm_stbi_is_16_bit_from_callbacks
+#define stbi_is_16_bit_from_memory m2lm_stbi_is_16_bit_from_memory
+#define stbi_is_hdr_from_callbacks m2lm_stbi_is_hdr_from_callbacks
+#define stbi_is_hdr_from_memory m2lm_stbi_is_hdr_from_memory
+#define stbi_ldr_to_hdr_gamma m2lm_stbi_ldr_to_hdr_gamma
+#define stbi_ldr_to_hdr_scale m2lm_stbi_ldr_to_hdr_scale
+#define stbi_load_16_from_callbacks m2lm_stbi_load_16_from_callbacks
+#define stbi_load_16_from_memory m2lm_stbi_load_16_from_memory
+#define stbi_load_from_callbacks m2lm_stbi_load_from_callbacks
+#define stbi_load_from_memory m2lm_stbi_load_from_memory
+#define stbi_load_gif_from_memory m2lm_stbi_load_gif_from_memory
+#define stbi_set_flip_vertically_on_load m2lm_stbi_set_flip_vertically_on_load
+#define stbi_set_flip_vertically_on_load_thread m2lm_stbi_set_flip_vertically_on_load_thread
+#define stbi_set_unpremultiply_on_load m2lm_stbi_set_unpremultiply_on_load
+#define stbi_set_unpremultiply_on_load_thread m2lm_stbi_set_unpremultiply_on_load_thread
+#define stbi_zlib_decode_buffer m2lm_stbi_zlib_decode_buffer
+#define stbi_zlib_decode_malloc m2lm_stbi_zlib_decode_malloc
+#define stbi_zlib_decode_malloc_guesssize m2lm_stbi_zlib_decode_malloc_guesssize
+#define stbi_zlib_decode_malloc_guesssize_headerflag m2lm_stbi_zlib_decode_malloc_guesssize_headerflag
+#define stbi_zlib_decode_noheader_buffer m2lm_stbi_zlib_decode_noheader_buffer
+#define stbi_zlib_decode_noheader_malloc m2lm_stbi_zlib_decode_noheader_malloc
 
 #pragma GCC diagnostic push
 #pragma GCC diagnostic ignored "-Wpragmas"
@@ -95,6 +132,36 @@ inline void*(memcpy)(void* to, const void* from, std::size_t n) { return n ? std
 
 #pragma GCC diagnostic pop
 
+#undef stbi_convert_iphone_png_to_rgb
+#undef stbi_convert_iphone_png_to_rgb_thread
+#undef stbi_failure_reason
+#undef stbi_hdr_to_ldr_gamma
+#undef stbi_hdr_to_ldr_scale
+#undef stbi_image_free
+#undef stbi_info_from_callbacks
+#undef stbi_info_from_memory
+#undef stbi_is_16_bit_from_callbacks
+#undef stbi_is_16_bit_from_memory
+#undef stbi_is_hdr_from_callbacks
+#undef stbi_is_hdr_from_memory
+#undef stbi_ldr_to_hdr_gamma
+#undef stbi_ldr_to_hdr_scale
+#undef stbi_load_16_from_callbacks
+#undef stbi_load_16_from_memory
+#undef stbi_load_from_callbacks
+#undef stbi_load_from_memory
+#undef stbi_load_gif_from_memory
+#undef stbi_set_flip_vertically_on_load
+#undef stbi_set_flip_vertically_on_load_thread
+#undef stbi_set_unpremultiply_on_load
+#undef stbi_set_unpremultiply_on_load_thread
+#undef stbi_zlib_decode_buffer
+#undef stbi_zlib_decode_malloc
+#undef stbi_zlib_decode_malloc_guesssize
+#undef stbi_zlib_decode_malloc_guesssize_headerflag
+#undef stbi_zlib_decode_noheader_buffer
+#undef stbi_zlib_decode_noheader_malloc
+
 #pragma pop_macro("STBI_INCLUDE_STB_IMAGE_H")
 #pragma pop_macro("STB_IMAGE_IMPLEMENTATION")
 #pragma pop_macro("STB_IMAGE_STATIC")
@@ -107,6 +174,9 @@ inline void*(memcpy)(void* to, const void* from, std::size_t n) { return n ? std
 #pragma pop_macro("STBI_NO_PIC")
 #pragma pop_macro("STBI_NO_PSD")
 #pragma pop_macro("STBI_NO_PNM")
+#pragma pop_macro("stbi__err")
+#pragma pop_macro("stbi__errpf")
+#pragma pop_macro("stbi__errpuc")
 #pragma pop_macro("INCLUDE_STB_IMAGE_WRITE_H")
 #pragma pop_macro("STB_IMAGE_WRITE_IMPLEMENTATION")
 #pragma pop_macro("STB_IMAGE_WRITE_STATIC")

@@ -7,7 +7,9 @@
 #include <m2lm/io/image.hpp>
 
 #include <algorithm>
+#include <climits>
 #include <cmath>
+#include <cstdlib>
 #include <limits>
 #include <memory>
 #include <string>
@@ -142,20 +144,20 @@ M2LM_IMPL Image decode_image(std::span<const std::byte> bytes, std::string_view 
   require<InputError>(format != "JPEG" || detail::jpeg_tables_fit(bytes), name,
                       ": the JPEG image cannot be read: a Huffman table has more than 256 codes; the file is damaged");
   int width = 0, height = 0, channels = 0;
-  if (!detail::stb::stbi_info_from_memory(data, size, &width, &height, &channels)) {
+  if (!detail::stb::m2lm_stbi_info_from_memory(data, size, &width, &height, &channels)) {
     // stb tries all formats in turn and keeps the reason of the last only.
     throw InputError(concat(name, ": the ", format, " image cannot be read: its header is damaged, truncated or promises too many pixels"));
   }
   detail::check_limits(width, height, name, limits);
   // Pillow does not scale 16-bit grey (its mode I;16) but clips it at 255; stb's upper byte would be another picture.
-  const bool clipped = channels == 1 && detail::stb::stbi_is_16_bit_from_memory(data, size) != 0;
-  const auto release = [](void* p) { detail::stb::stbi_image_free(p); };
+  const bool clipped = channels == 1 && detail::stb::m2lm_stbi_is_16_bit_from_memory(data, size) != 0;
+  const auto release = [](void* p) { detail::stb::m2lm_stbi_image_free(p); };
   const std::unique_ptr<void, void (*)(void*)> decoded(
-      clipped ? static_cast<void*>(detail::stb::stbi_load_16_from_memory(data, size, &width, &height, &channels, 1))
-              : detail::stb::stbi_load_from_memory(data, size, &width, &height, &channels, 3),
+      clipped ? static_cast<void*>(detail::stb::m2lm_stbi_load_16_from_memory(data, size, &width, &height, &channels, 1))
+              : detail::stb::m2lm_stbi_load_from_memory(data, size, &width, &height, &channels, 3),
       release);
   if (!decoded) {
-    const char* reason = detail::stb::stbi_failure_reason();
+    const char* reason = detail::stb::m2lm_stbi_failure_reason();
     throw InputError(concat(name, ": the ", format, " image cannot be read: ", reason ? reason : "unknown reason",
                             "; the file is damaged or truncated"));
   }
