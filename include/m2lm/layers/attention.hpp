@@ -61,12 +61,13 @@ class CausalAttention {
     qkv_.forward(ctx, x, qkv);
     const Matrix<S> q = qkv.columns(0, q_width), k = qkv.columns(q_width, q_width + kv_width), v = qkv.columns(q_width + kv_width, q_width + 2 * kv_width);
     ops::rope(ctx, qkv.columns(0, q_width + kv_width), d, cos, sin);
-    const double scale = 1.0 / std::sqrt(static_cast<double>(d));
+    const double scale = 1.0 / (M2LM_FAULT(32) ? static_cast<double>(d) : std::sqrt(static_cast<double>(d)));
+    const std::int64_t window = config_.window + (M2LM_FAULT(29) && config_.window > 0 ? 1 : 0);
     for (const SequenceRows<B>& s : sequences) {
       const std::int64_t first = s.cache->length(), end = s.begin + s.count;
       const KeyValues& kv = s.cache->layer(layer);
       ops::append_key_values(ctx, Matrix<const S>(k.rows(s.begin, end)), Matrix<const S>(v.rows(s.begin, end)), first, kv);
-      ops::attention(ctx, Matrix<const S>(q.rows(s.begin, end)), kv, first + s.count, first, AttentionMask{.causal = true, .window = config_.window}, scale,
+      ops::attention(ctx, Matrix<const S>(q.rows(s.begin, end)), kv, first + s.count, first, AttentionMask{.causal = true, .window = window}, scale,
                      mixed.rows(s.begin, end));
     }
     o_proj.forward(ctx, mixed, h, Activation::none, h);

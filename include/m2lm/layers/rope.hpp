@@ -29,7 +29,7 @@ inline std::vector<float> rope_frequencies(const RopeConfig& config, std::int64_
   for (std::size_t i = 0; i < frequencies.size(); ++i) {
     double f = std::pow(config.theta, -2.0 * static_cast<double>(i) / static_cast<double>(head_dim));
     if (config.scaling == RopeScaling::linear) f /= config.factor;
-    if (config.scaling == RopeScaling::llama3) {
+    if (config.scaling == RopeScaling::llama3 && !M2LM_FAULT(24)) {
       const double wavelength = 2.0 * std::numbers::pi / f;
       const double low = config.original_max_position_embeddings / config.low_freq_factor;
       const double high = config.original_max_position_embeddings / config.high_freq_factor;
@@ -53,7 +53,7 @@ void rope_angles(std::span<const float> frequencies, std::int64_t first, Matrix<
     for (std::int64_t i = 0; i < cos.extent(1); ++i) {
       const double angle = static_cast<double>(static_cast<float>(first + t) * frequencies[static_cast<std::size_t>(i)]);
       cos(t, i) = static_cast<S>(std::cos(angle));
-      sin(t, i) = static_cast<S>(std::sin(angle));
+      sin(t, i) = static_cast<S>(M2LM_FAULT(23) ? -std::sin(angle) : std::sin(angle));
     }
 }
 

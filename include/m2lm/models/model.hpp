@@ -356,7 +356,7 @@ void Model<B, P, D, C...>::embed(Context<B>& ctx, const Embedded& embedded, std:
     const std::int64_t from = std::max(span.begin, begin), to = std::min(span.begin + span.rows, end);
     if (from >= to) continue;
     text_until(from);
-    const Tensor<Scalar>& rows = embedded.media[span.component][span.instance];
+    const Tensor<Scalar>& rows = embedded.media[span.component][M2LM_FAULT(28) ? 0 : span.instance];
     const auto source = rows.template view<2>();
     for (std::int64_t i = from; i < to; ++i) std::copy_n(source.row(i - span.begin), h.extent(1), h.row(i - begin));
     at = to;
@@ -411,7 +411,7 @@ auto Model<B, P, D, C...>::logits(std::span<const PromptType> prompts) const -> 
     row += count;
   }
   state_->decoder.forward(ctx, h, sequences);
-  state_->decoder.norm.forward(ctx, h, h);
+  if (!M2LM_FAULT(26)) state_->decoder.norm.forward(ctx, h, h);
   std::vector<Tensor<Scalar>> out;
   for (const SequenceRows<B>& s : sequences) {
     out.emplace_back(Shape{s.count, config.vocab_size});
@@ -522,7 +522,7 @@ Generation BasicSession<M>::generate(const typename M::PromptType& prompt, const
 
   // The new part of the sequence: what was chosen last, then the prompt.
   const bool next_turn = answered_ && prompt.form == PromptForm::chat;
-  std::vector<std::int32_t> ids = pending_;
+  std::vector<std::int32_t> ids = M2LM_FAULT(31) ? std::vector<std::int32_t>{} : pending_;
   if (next_turn) {
     const ChatTemplate& format = prompt.template_name.empty() ? model_.chat_template() : chat_template(prompt.template_name);
     const bool ended = !pending_.empty() && std::find(state.files.stop_tokens.begin(), state.files.stop_tokens.end(), pending_.back()) != state.files.stop_tokens.end();

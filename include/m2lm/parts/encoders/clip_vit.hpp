@@ -2,6 +2,7 @@
 // Floor: parts. May include: core, ops, layers.
 #pragma once
 
+#include <m2lm/core/function_ref.hpp>
 #include <m2lm/fwd.hpp>
 #include <m2lm/layers/attention.hpp>
 #include <m2lm/layers/ffn.hpp>
@@ -101,7 +102,7 @@ struct ClipVit {
           post_layernorm(c.hidden_size, c.layer_norm_eps),
           visual_projection(c.hidden_size, c.projection_dim, false) {
       const std::int64_t wanted = needs_last() ? -1 : (policy.feature_layer == layer_from_checkpoint ? c.feature_layer : policy.feature_layer);
-      blocks_to_run_ = wanted < 0 ? c.num_layers + 1 + wanted : wanted;
+      blocks_to_run_ = wanted < 0 ? c.num_layers + (M2LM_FAULT(25) ? 0 : 1) + wanted : wanted;
       require<OptionError>(blocks_to_run_ >= 0 && blocks_to_run_ <= c.num_layers, "m2lm::ClipVit: feature layer ", wanted, " of an encoder with ",
                            c.num_layers, " layers");
       require<CheckpointError>(c.patch_size > 0 && c.image_size >= c.patch_size, "m2lm::ClipVit: patches of ", c.patch_size, " in an image of ",

@@ -52,7 +52,8 @@ struct MlpProjector {
       for (std::size_t i = 0; i < layers.size(); ++i) {
         const bool last = i + 1 == layers.size();
         const Matrix<S> out = last ? y : ctx.arena.template matrix<S>(x.extent(0), config_.output_width);
-        layers[i].forward(ctx, input, out, last ? Activation::none : config_.activation);
+        const Activation activation = M2LM_FAULT(30) && config_.activation == Activation::gelu ? Activation::gelu_tanh : config_.activation;
+        layers[i].forward(ctx, input, out, last ? Activation::none : activation);
         input = out;
       }
     }

@@ -1,0 +1,97 @@
+// The faults that -DM2LM_PLANT_FAULT=n plants: each is a mistake that is easy to make, and a test must notice every one.
+// Floor: testing. May include: config, core, ops, layers, parts, io, sampling, models, train.
+#pragma once
+
+#include <m2lm/config.hpp>
+
+#include <array>
+#include <cstdint>
+#include <string_view>
+
+namespace m2lm::testing {
+
+/// The number is what M2LM_FAULT(n) in the library asks for. tests/faults/faults.json names the program that catches each.
+enum class Fault : std::uint8_t {
+  bicubic_without_antialiasing = 1,
+  mean_and_std_in_bgr_order = 2,
+  crop_off_by_one = 3,
+  bf16_read_as_f16 = 4,
+  space_before_text_behind_added_token = 5,
+  resize_without_rounding = 6,
+  pad_to_square_at_the_corner = 7,
+  bytes_shown_before_their_character_is_whole = 8,
+  longer_edge_rounded_up = 9,
+  top_p_drops_the_crossing_token = 10,
+  repetition_penalty_only_divides = 11,
+  temperature_multiplies = 12,
+  min_p_is_absolute = 13,
+  stop_string_not_held_back = 14,
+  turn_not_ended = 15,
+  last_k_block_dropped = 16,
+  softmax_not_rescaled = 17,
+  wrong_gqa_head = 18,
+  causal_mask_off_by_one = 19,
+  rope_position_always_first = 20,
+  stale_kv_row = 21,
+  cls_kept_and_patch_dropped = 22,
+  rope_halves_swapped = 23,
+  llama3_rope_scaling_ignored = 24,
+  feature_layer_off_by_one = 25,
+  final_norm_skipped = 26,
+  own_head_replaced_by_the_embedding_table = 27,
+  second_picture_gets_features_of_the_first = 28,
+  sliding_window_off_by_one = 29,
+  projector_with_tanh_gelu = 30,
+  last_token_of_the_answer_forgotten = 31,
+  attention_scale_without_root = 32,
+};
+
+struct FaultNote {
+  Fault fault;
+  std::string_view area;         ///< where in include/m2lm it is planted
+  std::string_view description;  ///< what goes wrong
+};
+
+inline constexpr std::array<FaultNote, 32> fault_notes{{
+    {Fault::bicubic_without_antialiasing, "io", "downscaling reads as few pixels as upscaling does"},
+    {Fault::mean_and_std_in_bgr_order, "io", "red is normalised with blue's mean and deviation"},
+    {Fault::crop_off_by_one, "io", "the middle of a picture is cut one pixel to the right and below"},
+    {Fault::bf16_read_as_f16, "io", "BF16 tensors are decoded as F16"},
+    {Fault::space_before_text_behind_added_token, "io", "the rule for a space before text that follows <image> is the other one"},
+    {Fault::resize_without_rounding, "io", "fixed-point sums are cut, not rounded, to 8 bits"},
+    {Fault::pad_to_square_at_the_corner, "io", "the picture lies in a corner of the square, not in its middle"},
+    {Fault::bytes_shown_before_their_character_is_whole, "io", "a byte token is shown before its character is complete"},
+    {Fault::longer_edge_rounded_up, "io", "the longer edge of a resized picture is rounded up instead of down"},
+    {Fault::top_p_drops_the_crossing_token, "sampling", "the token with which the probability reaches top_p is removed"},
+    {Fault::repetition_penalty_only_divides, "sampling", "negative logits are divided too, which makes repetition likelier"},
+    {Fault::temperature_multiplies, "sampling", "logits are multiplied by the temperature"},
+    {Fault::min_p_is_absolute, "sampling", "min_p is not relative to the most likely token"},
+    {Fault::stop_string_not_held_back, "sampling", "the beginning of a stop string is shown"},
+    {Fault::turn_not_ended, "models", "an answer is not closed before the next turn"},
+    {Fault::last_k_block_dropped, "backends", "a product leaves out the last block of its sum"},
+    {Fault::softmax_not_rescaled, "backends", "the online softmax does not rescale its output when the maximum grows"},
+    {Fault::wrong_gqa_head, "backends", "a query head reads the key-value head of another group"},
+    {Fault::causal_mask_off_by_one, "backends", "a token sees the one behind it"},
+    {Fault::rope_position_always_first, "backends", "all rows are rotated as the first one"},
+    {Fault::stale_kv_row, "backends", "a decode step overwrites the newest cached key instead of adding one"},
+    {Fault::cls_kept_and_patch_dropped, "parts", "the CLS token is handed on and the last patch is not"},
+    {Fault::rope_halves_swapped, "layers", "the halves of a head change roles in the rotation"},
+    {Fault::llama3_rope_scaling_ignored, "layers", "llama3 frequencies are not scaled"},
+    {Fault::feature_layer_off_by_one, "parts", "the encoder stops one layer early"},
+    {Fault::final_norm_skipped, "models", "logits come from hidden states that are not normalised"},
+    {Fault::own_head_replaced_by_the_embedding_table, "parts", "a checkpoint's own lm_head is not used"},
+    {Fault::second_picture_gets_features_of_the_first, "models", "all placeholders get the first picture"},
+    {Fault::sliding_window_off_by_one, "layers", "a window of W sees W + 1 keys"},
+    {Fault::projector_with_tanh_gelu, "parts", "the projector uses the tanh approximation of gelu"},
+    {Fault::last_token_of_the_answer_forgotten, "models", "a conversation goes on without the token chosen last"},
+    {Fault::attention_scale_without_root, "layers", "scores are divided by head_dim instead of its square root"},
+}};
+
+/// The note of fault `number`; null if there is no such fault.
+constexpr const FaultNote* find_fault(int number) {
+  for (const FaultNote& note : fault_notes)
+    if (static_cast<int>(note.fault) == number) return &note;
+  return nullptr;
+}
+
+}  // namespace m2lm::testing
