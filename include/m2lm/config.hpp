@@ -44,3 +44,13 @@
 #else
 #define M2LM_UNROLL
 #endif
+
+// A target region: functions between begin and end may use the instructions of `features`, whatever the file is compiled for.
+#define M2LM_REGION_PRAGMA(text) _Pragma(#text)
+#if defined(__clang__)
+#define M2LM_REGION_BEGIN(features) M2LM_REGION_PRAGMA(clang attribute push(__attribute__((target(features))), apply_to = function))
+#define M2LM_REGION_END _Pragma("clang attribute pop")
+#else
+#define M2LM_REGION_BEGIN(features) _Pragma("GCC push_options") M2LM_REGION_PRAGMA(GCC target(features))
+#define M2LM_REGION_END _Pragma("GCC pop_options")
+#endif

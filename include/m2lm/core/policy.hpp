@@ -4,7 +4,6 @@
 
 #include <m2lm/core/dtype.hpp>
 
-#include <algorithm>
 #include <cstddef>
 #include <string_view>
 
@@ -27,7 +26,9 @@ struct Precision {
 template <std::size_t N>
 struct FixedString {
   char text[N]{};
-  constexpr FixedString(const char (&s)[N]) { std::copy_n(s, N, text); }  // NOLINT: implicit on purpose
+  constexpr FixedString(const char (&s)[N]) {  // NOLINT: implicit on purpose
+    for (std::size_t i = 0; i < N; ++i) text[i] = s[i];
+  }
   constexpr std::string_view view() const { return {text, N - 1}; }
   template <std::size_t M>
   constexpr bool operator==(const FixedString<M>& other) const {
