@@ -58,6 +58,24 @@ void check_story(const std::string& name, const Lm& model, const std::vector<std
   CHECK(told.tokens == std::vector<std::int32_t>(ids.begin() + 1, ids.end()));
 }
 
+/// Teacher-forced agreement of b with the exact a.
+void check_agreement(const std::string& name, const Tensor<float>& a, const Tensor<float>& b) {
+  const std::int64_t vocab = a.shape()[1];
+  std::int64_t agree = 0;
+  double kl = 0, worst_kl = 0;
+  for (std::int64_t i = 0; i < a.shape()[0]; ++i) {
+    const float *p = a.data() + i * vocab, *q = b.data() + i * vocab;
+    agree += largest(p, vocab) == largest(q, vocab) ? 1 : 0;
+    const double here = divergence(p, q, vocab);
+    kl += here;
+    worst_kl = std::max(worst_kl, here);
+  }
+  std::printf("%s: top-1 agreement %ld of %ld, mean KL %.2g, worst %.2g\n", name.c_str(), static_cast<long>(agree), static_cast<long>(a.shape()[0]),
+              kl / static_cast<double>(a.shape()[0]), worst_kl);
+  CHECK(100 * agree >= 99 * a.shape()[0]);
+  CHECK(kl / static_cast<double>(a.shape()[0]) < 1e-2);
+}
+
 void check_stories(const std::string& name, std::span<const IsaLevel> levels) {
   const std::string directory = asset_file("llama/" + name + "-hf");
   const std::vector<std::int32_t> ids = m2lm::ConfigValue::parse_file(asset_file("golden/" + name + "/golden.json")).get_list<std::int32_t>("ids");
@@ -71,22 +89,11 @@ void check_stories(const std::string& name, std::span<const IsaLevel> levels) {
 
   // bf16, teacher-forced over the whole text.
   const Lm exact = Lm::from_pretrained(directory, Cpu({.threads = 2}));
-  const Lm rounded = Lm::from_pretrained(directory, Cpu({.threads = 2}), {.precision = Precision{.weights = DType::bf16}});
-  const Tensor<float> a = exact.logits(exact.prompt(ids)), b = rounded.logits(rounded.prompt(ids));
-  const std::int64_t vocab = a.shape()[1];
-  std::int64_t agree = 0;
-  double kl = 0, worst_kl = 0;
-  for (std::int64_t i = 0; i < a.shape()[0]; ++i) {
-    const float *p = a.data() + i * vocab, *q = b.data() + i * vocab;
-    agree += largest(p, vocab) == largest(q, vocab) ? 1 : 0;
-    const double here = divergence(p, q, vocab);
-    kl += here;
-    worst_kl = std::max(worst_kl, here);
+  const Tensor<float> a = exact.logits(exact.prompt(ids));
+  for (const bool dot : both_dots) {
+    const Lm rounded = Lm::from_pretrained(directory, Cpu({.threads = 2, .bf16_dot = dot}), {.precision = Precision{.weights = DType::bf16}});
+    check_agreement(name + (dot ? " bf16_dot" : " bf16"), a, rounded.logits(rounded.prompt(ids)));
   }
-  std::printf("%s bf16: top-1 agreement %ld of %ld, mean KL %.2g, worst %.2g\n", name.c_str(), static_cast<long>(agree), static_cast<long>(a.shape()[0]),
-              kl / static_cast<double>(a.shape()[0]), worst_kl);
-  CHECK(100 * agree >= 99 * a.shape()[0]);
-  CHECK(kl / static_cast<double>(a.shape()[0]) < 1e-2);
 }
 
 }  // namespace

@@ -85,13 +85,14 @@ TEST_CASE("decoders: the reference backends too") {
 TEST_CASE("decoders: bf16 weights and cache stay within the rounding of bf16") {
   worst = 0;
   for (const IsaLevel level : isa_levels())
-    for (const char* name : llama_names) {
-      const std::string directory = golden(std::string("llama/") + name);
-      const Safetensors record = Safetensors::open(directory + "/golden.safetensors");
-      const Lm model = Lm::from_pretrained(directory, cpu_at(level), {.precision = Precision{.weights = DType::bf16}});
-      check_decoder(model, model.prompt(ids_of(record.tensor("input_ids"))), record, bf16_tolerance(model), false,
-                    std::string(m2lm::isa_name(level)) + " bf16 " + name);
-    }
+    for (const bool dot : both_dots)
+      for (const char* name : llama_names) {
+        const std::string directory = golden(std::string("llama/") + name);
+        const Safetensors record = Safetensors::open(directory + "/golden.safetensors");
+        const Lm model = Lm::from_pretrained(directory, cpu_at(level, 1, dot), {.precision = Precision{.weights = DType::bf16}});
+        check_decoder(model, model.prompt(ids_of(record.tensor("input_ids"))), record, bf16_tolerance(model), false,
+                      std::string(m2lm::isa_name(level)) + (dot ? " bf16_dot " : " bf16 ") + name);
+      }
   std::printf("decoders, cpu bf16: worst = %.2g\n", worst);
 }
 

@@ -418,13 +418,14 @@ TEST_CASE("a batch is bit-equal to one prompt at a time") {
     for (std::size_t i = 0; i < prompts.size(); ++i) CHECK(same_bits(together[i], model.logits(prompts[i])));
   };
   for (const DType weights : {DType::f32, DType::bf16})
-    for (const IsaLevel level : isa_levels()) {
-      const Lm model = Lm::from_pretrained(golden("llama/mistral_window"), cpu_at(level, 2), {.precision = Precision{.weights = weights}});
-      const std::int64_t vocab = model.decoder_config().vocab_size;
-      std::vector<Lm::PromptType> prompts;
-      for (const std::int64_t length : {1, 17, 2, 33, 7, 20}) prompts.push_back(model.prompt(some_ids(length, vocab, static_cast<std::uint64_t>(length))));
-      check(model, prompts);
-    }
+    for (const bool dot : both_dots)
+      for (const IsaLevel level : isa_levels()) {
+        const Lm model = Lm::from_pretrained(golden("llama/mistral_window"), cpu_at(level, 2, dot), {.precision = Precision{.weights = weights}});
+        const std::int64_t vocab = model.decoder_config().vocab_size;
+        std::vector<Lm::PromptType> prompts;
+        for (const std::int64_t length : {1, 17, 2, 33, 7, 20}) prompts.push_back(model.prompt(some_ids(length, vocab, static_cast<std::uint64_t>(length))));
+        check(model, prompts);
+      }
   const Vlm& model = talker();
   std::vector<Vlm::PromptType> prompts{model.prompt("<image>\nWhat?"), model.prompt("No picture."), model.prompt("<image><image>")};
   prompts[0].attach<"image">(picture());
@@ -474,27 +475,28 @@ TEST_CASE("prefill in pieces writes the cache that prefill at once writes") {
   config.head_dim = 10;
   t::write_synthetic_llama(directory.path(), config);
   const m2lm::Checkpoint checkpoint = m2lm::Checkpoint::open(directory.path());
-  for (const IsaLevel level : isa_levels())
-    for (const DType format : {DType::f32, DType::bf16}) {
-      Cpu backend = cpu_at(level, 2);
-      m2lm::Arena arena;
-      m2lm::Context<Cpu> ctx{backend, arena};
-      m2lm::LlamaDecoder<>::On<Cpu, in_f32> decoder(config);
-      require_complete(load_parameters(decoder, checkpoint), directory.path());
-      decoder.prepare(ctx, Precision{.weights = format}, {});
-      constexpr std::int64_t length = 150;
-      const std::vector<std::int32_t> ids = some_ids(length, config.vocab_size);
-      Tensor<float> at_once(Shape{length, config.hidden_size}), in_pieces(Shape{length, config.hidden_size});
-      for (Tensor<float>* h : {&at_once, &in_pieces}) {
-        decoder.embed_tokens.forward(ctx, ids, h->view<2>());
-        auto cache = decoder.make_cache(ctx, format, length);
-        const std::vector<std::int64_t> cuts = h == &at_once ? std::vector<std::int64_t>{0, length} : std::vector<std::int64_t>{0, 1, 2, 35, 36, 129, 149, length};
-        for (std::size_t i = 0; i + 1 < cuts.size(); ++i) {
-          const m2lm::SequenceRows<Cpu> rows{&cache, 0, cuts[i + 1] - cuts[i]};
-          decoder.forward(ctx, h->view<2>().rows(cuts[i], cuts[i + 1]), std::span(&rows, 1));
-        }
-        CHECK(cache.length() == length);
+  const auto check = [&](Cpu backend, DType format) {
+    m2lm::Arena arena;
+    m2lm::Context<Cpu> ctx{backend, arena};
+    m2lm::LlamaDecoder<>::On<Cpu, in_f32> decoder(config);
+    require_complete(load_parameters(decoder, checkpoint), directory.path());
+    decoder.prepare(ctx, Precision{.weights = format}, {});
+    constexpr std::int64_t length = 150;
+    const std::vector<std::int32_t> ids = some_ids(length, config.vocab_size);
+    const auto run = [&](const std::vector<std::int64_t>& cuts) {
+      Tensor<float> h(Shape{length, config.hidden_size});
+      decoder.embed_tokens.forward(ctx, ids, h.view<2>());
+      auto cache = decoder.make_cache(ctx, format, length);
+      for (std::size_t i = 0; i + 1 < cuts.size(); ++i) {
+        const m2lm::SequenceRows<Cpu> rows{&cache, 0, cuts[i + 1] - cuts[i]};
+        decoder.forward(ctx, h.view<2>().rows(cuts[i], cuts[i + 1]), std::span(&rows, 1));
       }
-      CHECK(same_bits(at_once, in_pieces));
-    }
+      CHECK(cache.length() == length);
+      return h;
+    };
+    CHECK(same_bits(run({0, length}), run({0, 1, 2, 35, 36, 129, 149, length})));
+  };
+  for (const IsaLevel level : isa_levels())
+    for (const bool dot : both_dots)
+      for (const DType format : {DType::f32, DType::bf16}) check(cpu_at(level, 2, dot), format);
 }

@@ -46,7 +46,12 @@ inline std::vector<IsaLevel> isa_levels() {
   return out;
 }
 
-inline Cpu cpu_at(IsaLevel level, int threads = 1) { return Cpu({.threads = threads, .max_isa = level}); }
+inline Cpu cpu_at(IsaLevel level, int threads = 1, std::optional<bool> bf16_dot = {}) {
+  return Cpu({.threads = threads, .max_isa = level, .bf16_dot = bf16_dot});
+}
+
+/// Both ways to multiply bf16.
+inline constexpr bool both_dots[] = {false, true};
 
 inline std::vector<std::int32_t> ids_of(const AnyTensor& tensor) {
   std::vector<std::int32_t> out;
