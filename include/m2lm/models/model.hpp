@@ -14,6 +14,7 @@
 #include <m2lm/sampling/processors.hpp>
 #include <m2lm/sampling/stop.hpp>
 
+#include <algorithm>
 #include <chrono>
 #include <memory>
 #include <optional>

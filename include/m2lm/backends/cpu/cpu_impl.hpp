@@ -4,6 +4,7 @@
 
 #include <m2lm/backends/cpu/cpu.hpp>
 
+#include <algorithm>
 #include <bit>
 #include <cstring>
 

@@ -9,6 +9,7 @@
 #include <m2lm/layers/norm.hpp>
 #include <m2lm/ops/gather.hpp>
 
+#include <algorithm>
 #include <cstring>
 #include <vector>
 

@@ -4,6 +4,7 @@
 
 #include <m2lm/layers/linear.hpp>
 
+#include <algorithm>
 #include <string>
 #include <vector>
 
