@@ -144,7 +144,7 @@ TEST_CASE("an answer of 200 tokens allocates as often as one of 20") {
 
 TEST_CASE("nothing is allocated between the pieces of a streamed answer") {
   const Vlm model = Vlm::from_pretrained(golden("llava/with_tokenizer"), Cpu({.threads = 2}));
-  for (const std::uint64_t seed : {1, 2, 3}) {
+  for (std::uint64_t seed = 1; seed <= 3; ++seed) {
     long at[256] = {};
     std::size_t pieces = 0;
     const auto note = [&](std::string_view) {

@@ -10,7 +10,7 @@
 #include <m2lm/ops/gather.hpp>
 
 #include <algorithm>
-#include <cstring>
+#include <algorithm>
 #include <vector>
 
 namespace m2lm {

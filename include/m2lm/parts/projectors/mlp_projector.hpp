@@ -5,6 +5,7 @@
 #include <m2lm/layers/linear.hpp>
 
 #include <algorithm>
+#include <algorithm>
 #include <string>
 #include <vector>
 
