@@ -52,6 +52,28 @@ struct Attention : Backend {
   using Backend::Backend;
 };
 
+struct Reader {
+  ThreadPool pool;
+  detail::AlignedBytes data;
+  Reader(std::int64_t bytes, int threads) : pool(threads), data(detail::aligned_bytes(static_cast<std::size_t>(bytes))) {}
+};
+
+using Line [[gnu::vector_size(16)]] = std::uint64_t;
+
+// Every 16 bytes once, in `streams` places in turns, four lines of each at a time.
+std::uint64_t read_all(const std::byte* data, std::int64_t bytes, int streams) {
+  const std::int64_t each = bytes / streams / 256 * 256;
+  Line sum[4] = {};
+  for (std::int64_t i = 0; i < each; i += 256)
+    for (int s = 0; s < streams; ++s) {
+      const Line* p = reinterpret_cast<const Line*>(data + s * each + i);
+#pragma GCC unroll 16
+      for (int j = 0; j < 16; ++j) sum[j % 4] |= p[j];
+    }
+  const Line all = (sum[0] | sum[1]) | (sum[2] | sum[3]);
+  return all[0] | all[1];
+}
+
 #if M2LM_X86_64
 // Multiply-adds per second of one core: 24 chains hide every latency.
 [[gnu::target("avx512f")]] double f32_rate() {
@@ -127,21 +149,27 @@ double bench_peak(int kind, int isa) {
   return best * 2 / 1e9;
 }
 
-/// Seconds to read `bytes` once on `threads` threads.
-double bench_read(const std::uint64_t* data, std::int64_t bytes, int threads) {
+/// A buffer as weights are allocated, written once by each thread that will read it.
+void* bench_read_new(std::int64_t bytes, int threads) {
+  auto r = std::make_unique<Reader>(bytes, threads);
+  r->pool.run([&](int part) {
+    const Range mine = split(bytes, threads, part, 4096);
+    std::memset(r->data.get() + mine.begin, 1, static_cast<std::size_t>(mine.end - mine.begin));
+  });
+  return r.release();
+}
+/// Seconds to read the first `bytes` of it once: the ceiling of what a product with one row can do. streams: places read in turns.
+double bench_read_run(void* reader, std::int64_t bytes, int streams) {
+  Reader& r = *static_cast<Reader*>(reader);
   std::atomic<std::uint64_t> sink{0};
-  ThreadPool pool(threads);
-  pool.run([](int) {});
   const auto start = Clock::now();
-  pool.run([&](int part) {
-    const Range mine = split(bytes / 8, threads, part, 64);
-    std::uint64_t sum[8] = {};
-    for (std::int64_t i = mine.begin; i + 8 <= mine.end; i += 8)
-      for (int j = 0; j < 8; ++j) sum[j] |= data[i + j];
-    for (const std::uint64_t s : sum) sink.fetch_or(s);
+  r.pool.run([&](int part) {
+    const Range mine = split(bytes, r.pool.size(), part, 4096);
+    sink.fetch_or(read_all(r.data.get() + mine.begin, mine.end - mine.begin, streams));
   });
   return seconds_since(start);
 }
+void bench_read_free(void* reader) { delete static_cast<Reader*>(reader); }
 
 void* bench_gemm_new(int threads, int isa, int bf16_dot, int bf16, std::int64_t m, std::int64_t n, std::int64_t k, const float* x, const float* w) {
   auto g = std::make_unique<Gemm>(options(threads, isa, bf16_dot));

@@ -113,7 +113,7 @@ TEST_CASE("options outside their range are errors that name the value") {
   CHECK(Cpu(CpuOptions{.threads = 0}).threads() == ThreadPool::available_cores());
 }
 
-TEST_CASE("BF16 products: only at the level that has them; by default where they are faster") {
+TEST_CASE("BF16 products: only at the level that has them; by default where fast_bf16_dot says so") {
   for (const IsaLevel level : all_levels) {
     const Cpu with(CpuOptions{.threads = 1, .max_isa = level, .bf16_dot = true}), without(CpuOptions{.threads = 1, .max_isa = level, .bf16_dot = false});
     CHECK(with.kernels().bf16.bf16_activations == (with.isa() == IsaLevel::avx512_bf16));

@@ -76,8 +76,8 @@ struct KernelTable {
 /// The table of a level. requires a level that this machine has. `bf16_dot`: multiply bf16 by VDPBF16PS where the level has it.
 const KernelTable& kernel_table(IsaLevel level, bool bf16_dot);
 
-/// Whether VDPBF16PS does more products per cycle than f32 FMA: twice as many on AMD (Zen 4 and 5); on Intel, which issues one
-/// every two cycles, half as many.
+/// Whether to multiply bf16 by VDPBF16PS when nobody says: on AMD, where it is expected to do twice the products of f32 FMA (not
+/// measured yet), and not elsewhere: on an Intel Xeon with AMX it did half (118 against 236 GFLOP/s of one core, bench/compare).
 bool fast_bf16_dot();
 
 }  // namespace m2lm::detail
