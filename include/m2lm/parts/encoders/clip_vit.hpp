@@ -10,7 +10,6 @@
 #include <m2lm/ops/gather.hpp>
 
 #include <algorithm>
-#include <algorithm>
 #include <vector>
 
 namespace m2lm {

@@ -5,7 +5,6 @@
 #include <m2lm/layers/linear.hpp>
 
 #include <algorithm>
-#include <algorithm>
 #include <string>
 #include <vector>
 
