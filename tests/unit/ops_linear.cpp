@@ -336,3 +336,16 @@ TEST_CASE("linear and pack: errors name both sides") {
 }
 
 }  // namespace
+
+TEST_CASE("a weight without rows keeps its number of inputs") {
+  const AnyTensor none(Tensor<float>(Shape{0, 7}));
+  Arena arena;
+  const auto check = [&](auto backend) {
+    Context<decltype(backend)> ctx{backend, arena};
+    const PackedMatrix packed = ops::pack(ctx, std::span<const AnyTensor>(&none, 1), DType::f32);
+    CHECK(packed.rows == 0);
+    CHECK(packed.cols == 7);
+  };
+  check(Cpu{});
+  check(Reference<float>{});
+}

@@ -24,16 +24,22 @@ namespace ops {
 struct Pack;
 struct Linear;
 
+/// Inputs of a weight: the product of its dimensions after the first.
+constexpr std::int64_t columns_of(const Shape& shape) {
+  std::int64_t columns = 1;
+  for (int i = 1; i < shape.rank(); ++i) columns *= shape[i];
+  return columns;
+}
+
 /// Packs the rows of `sources` below each other into the backend's form. requires sources of rank >= 2, equal products of the
 /// dimensions after the first (the columns), a floating dtype; gated: exactly two sources with equal rows. `format`: what to
 /// store (a backend says which it has). ensures rows = Σ rows, cols = columns. throws ShapeError.
 template <class B>
 PackedMatrix pack(Context<B>& ctx, std::span<const AnyTensor> sources, DType format, bool gated = false) {
   require(!sources.empty(), "m2lm::ops::pack: no tensor given");
-  const auto columns = [](const AnyTensor& t) { return t.shape()[0] == 0 ? 0 : t.shape().elements() / t.shape()[0]; };
   for (const AnyTensor& t : sources) {
     require(t.has_value() && t.shape().rank() >= 2, "m2lm::ops::pack: a matrix is needed, not ", t.shape().string());
-    require(columns(t) == columns(sources[0]), "m2lm::ops::pack: ", t.shape().string(), " below ", sources[0].shape().string());
+    require(columns_of(t.shape()) == columns_of(sources[0].shape()), "m2lm::ops::pack: ", t.shape().string(), " below ", sources[0].shape().string());
   }
   if (gated)
     require(sources.size() == 2 && sources[0].shape()[0] == sources[1].shape()[0],

@@ -5,7 +5,6 @@
 #include <m2lm/backends/cpu/cpu.hpp>
 
 #include <algorithm>
-#include <bit>
 #include <cstring>
 
 namespace m2lm {
@@ -43,7 +42,7 @@ M2LM_IMPL PackedMatrix cpu_pack(const Cpu& cpu, std::span<const AnyTensor> sourc
   cpu_format(cpu, format);
   std::int64_t rows = 0;
   for (const AnyTensor& s : sources) rows += s.shape()[0];
-  const std::int64_t cols = rows == 0 ? 0 : sources[0].shape().elements() / std::max<std::int64_t>(1, sources[0].shape()[0]);
+  const std::int64_t cols = ops::columns_of(sources[0].shape());
   const std::int64_t k = round_up(cols, k_step_of(format));
   const std::int64_t step = gated ? panel_width / 2 : panel_width;
   const std::int64_t panels = round_up(gated ? rows / 2 : rows, step) / step;

@@ -50,7 +50,7 @@ template <class T>
 struct Impl<Pack, Reference<T>> {
   static PackedMatrix run(Context<Reference<T>>&, std::span<const AnyTensor> sources, DType, bool gated) {
     std::int64_t rows = 0;
-    const std::int64_t cols = sources[0].shape().elements() / std::max<std::int64_t>(1, sources[0].shape()[0]);
+    const std::int64_t cols = columns_of(sources[0].shape());
     for (const AnyTensor& s : sources) rows += s.shape()[0];
     auto storage = std::make_shared<Tensor<T>>(Shape{rows, cols});
     T* out = storage->data();
