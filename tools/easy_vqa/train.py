@@ -17,6 +17,8 @@ import json
 import math
 import os
 import random
+import shutil
+import tempfile
 import time
 
 import numpy as np
@@ -25,7 +27,7 @@ import torch
 import torch.nn.functional as F
 from PIL import Image
 from sentencepiece import sentencepiece_model_pb2
-from transformers import (CLIPVisionConfig, GenerationConfig, LlamaConfig, LlavaConfig,
+from transformers import (CLIPVisionConfig, GenerationConfig, LlamaConfig, LlamaTokenizer, LlavaConfig,
                           LlavaForConditionalGeneration)
 
 import draw
@@ -177,6 +179,11 @@ def save_checkpoint(model, state, tokenizer_model, folder):
         "unk_token": "<unk>",
         "use_default_system_prompt": False,
     })
+    # The same tokenizer in the newer form. From tokenizer.model alone, transformers 5's AutoTokenizer (unlike its LlamaTokenizer)
+    # leaves the leading "\u2581" of a text out.
+    with tempfile.TemporaryDirectory() as scratch:
+        LlamaTokenizer.from_pretrained(folder).save_pretrained(scratch)
+        shutil.copyfile(os.path.join(scratch, "tokenizer.json"), os.path.join(folder, "tokenizer.json"))
     _json(folder, "preprocessor_config.json", {
         "crop_size": {"height": draw.SIZE, "width": draw.SIZE},
         "do_center_crop": True,
