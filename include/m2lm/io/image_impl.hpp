@@ -81,6 +81,22 @@ M2LM_IMPL bool jpeg_tables_fit(std::span<const std::byte> bytes) {
   return true;
 }
 
+/// False when a data chunk of a PNG promises more bytes than the file has. stb allocates what a chunk promises before it reads: up to
+/// 2 GiB for a file of 60 bytes. Walks the chunks as stb does.
+M2LM_IMPL bool png_chunks_fit(std::span<const std::byte> bytes) {
+  const auto number = [&](std::size_t i) {
+    std::uint32_t n = 0;
+    for (std::size_t k = 0; k < 4; ++k) n = n << 8U | std::to_integer<std::uint32_t>(bytes[i + k]);
+    return n;
+  };
+  for (std::size_t i = 8; i <= bytes.size() && bytes.size() - i >= 8;) {  // behind the signature: length, type, data, checksum
+    const std::size_t length = number(i), type = number(i + 4), rest = bytes.size() - i - 8;
+    if (length > rest) return type != 0x49444154;  // "IDAT"; stb skips the others to the end of the file
+    i += 8 + length + 4;
+  }
+  return true;
+}
+
 M2LM_IMPL void check_limits(std::int64_t width, std::int64_t height, std::string_view name, const ImageLimits& limits) {
   require<InputError>(width > 0 && height > 0, name, ": the image is empty (", size_string(width, height), ")");
   require<InputError>(width <= limits.max_width && height <= limits.max_height && height <= limits.max_pixels / width, name,
@@ -143,6 +159,8 @@ M2LM_IMPL Image decode_image(std::span<const std::byte> bytes, std::string_view 
   if (format == "PNM") return detail::decode_pnm(bytes, name, limits);
   require<InputError>(format != "JPEG" || detail::jpeg_tables_fit(bytes), name,
                       ": the JPEG image cannot be read: a Huffman table has more than 256 codes; the file is damaged");
+  require<InputError>(format != "PNG" || detail::png_chunks_fit(bytes), name,
+                      ": the PNG image cannot be read: a data chunk is longer than the file; the file is damaged or truncated");
   int width = 0, height = 0, channels = 0;
   if (!detail::stb::m2lm_stbi_info_from_memory(data, size, &width, &height, &channels)) {
     // stb tries all formats in turn and keeps the reason of the last only.
