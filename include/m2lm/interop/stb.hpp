@@ -24,6 +24,10 @@
 #pragma push_macro("STB_IMAGE_STATIC")
 #pragma push_macro("STBIDEF")
 #pragma push_macro("STBI_ASSERT")
+#pragma push_macro("STBI_MALLOC")
+#pragma push_macro("STBI_REALLOC")
+#pragma push_macro("STBI_REALLOC_SIZED")
+#pragma push_macro("STBI_FREE")
 #pragma push_macro("STBI_NO_STDIO")
 #pragma push_macro("STBI_NO_HDR")
 #pragma push_macro("STBI_NO_LINEAR")
@@ -46,12 +50,21 @@
 #undef stbi__errpf
 #undef stbi__errpuc
 #undef STBI_ASSERT
+#undef STBI_MALLOC
+#undef STBI_REALLOC
+#undef STBI_REALLOC_SIZED
+#undef STBI_FREE
 #undef INCLUDE_STB_IMAGE_WRITE_H
 #undef STBIWDEF
 #undef STBIW_ASSERT
 #define STB_IMAGE_IMPLEMENTATION
 #define STB_IMAGE_STATIC
 #define STBI_ASSERT(condition) static_cast<void>(condition)
+// A JPEG may use a Huffman table that it never defines. stb_image before 2.28 then decodes with what the memory held before, and reads
+// outside its tables; zeros are a table.
+#define STBI_MALLOC(size) std::calloc(1, size)
+#define STBI_REALLOC(pointer, size) std::realloc(pointer, size)
+#define STBI_FREE(pointer) std::free(pointer)
 #define STBI_NO_STDIO
 #define STBI_NO_HDR
 #define STBI_NO_LINEAR
@@ -167,6 +180,10 @@ inline void*(memcpy)(void* to, const void* from, std::size_t n) { return n ? std
 #pragma pop_macro("STB_IMAGE_STATIC")
 #pragma pop_macro("STBIDEF")
 #pragma pop_macro("STBI_ASSERT")
+#pragma pop_macro("STBI_MALLOC")
+#pragma pop_macro("STBI_REALLOC")
+#pragma pop_macro("STBI_REALLOC_SIZED")
+#pragma pop_macro("STBI_FREE")
 #pragma pop_macro("STBI_NO_STDIO")
 #pragma pop_macro("STBI_NO_HDR")
 #pragma pop_macro("STBI_NO_LINEAR")
