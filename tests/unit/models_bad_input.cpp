@@ -177,6 +177,10 @@ TEST_CASE("contradictions and unknown words of config.json") {
   CHECK_SAYS(with("\"rope_type\": \"default\"", "\"rope_type\": \"linear\", \"factor\": -2"), "factor", "not above 0");
   CHECK_SAYS(with("\"rope_type\": \"default\"", "\"rope_type\": \"llama3\", \"factor\": 2, \"low_freq_factor\": 4, \"high_freq_factor\": 4"), "low_freq_factor",
              "high_freq_factor");
+  CHECK_SAYS(with("\"num_attention_heads\": 4, \"num_key_value_heads\": 2, \"head_dim\": 8", "\"num_attention_heads\": 64, \"num_key_value_heads\": 64"), "hidden_size 32",
+             "64 attention heads");
+  CHECK_SAYS(with("\"rms_norm_eps\"", "\"text_config\": [\"x\"], \"rms_norm_eps\""), "text_config", "object");
+  CHECK_SAYS(with("\"rope_parameters\": {", "\"rope_parameters\": \"linear\", \"unused\": {"), "rope_parameters", "object");
   CHECK_SAYS(with("\"hidden_size\": 32", "\"hidden_size\": -32"), "config.json", "hidden_size = -32");
   CHECK_SAYS(with("\"hidden_size\": 32", "\"hidden_size\": \"32\""), "config.json", "hidden_size");
   CHECK_SAYS(with("\"hidden_size\": 32", "\"hidden_size\": 32.5"), "config.json", "hidden_size");
@@ -203,6 +207,27 @@ TEST_CASE("contradictions and unknown words of config.json") {
   CHECK_SAYS(image_with("\"patch_size\": 14", "\"patch_size\": 29"), "29", "28");
   CHECK_SAYS(image_with("\"patch_size\": 14", "\"patch_size\": 0"), "patch_size = 0");
   CHECK_SAYS(image_with("\"image_size\": 28", "\"image_size\": 42"), "position_embedding.weight is [5, 24]", "expected [10, 24]");
+}
+
+TEST_CASE("the chat template: one of a list, and never chosen by a parent directory's name") {
+  const auto name_of = [](const std::string& directory) { return std::string(Lm::from_pretrained(directory, Cpu({.threads = 1})).chat_template().name); };
+  const Damaged directory;
+  CHECK(name_of(directory.path()) == "plain");
+  const std::string inside = directory / "vicuna";
+  std::filesystem::create_directories(inside + "/stories");
+  t::write_synthetic_llama(inside + "/stories");
+  CHECK(name_of(inside + "/stories/") == "plain");
+
+  const char* mistral = R"({"name": "NAME", "template": "[INST] {{ message }} [/INST]"})";
+  const auto list = [&](std::string_view name) {
+    std::string text = mistral;
+    text.replace(text.find("NAME"), 4, name);
+    return "{\"chat_template\": [" + text + "]}";
+  };
+  directory.write("tokenizer_config.json", list("default"));
+  CHECK(name_of(directory.path()) == "mistral");
+  directory.write("tokenizer_config.json", list("tool_use"));
+  CHECK_SAYS(said(directory), "tokenizer_config.json", "chat_template", "none of the templates is called \"default\"");
 }
 
 // ---- options and memory ------------------------------------------------------------------------------------------------------------------

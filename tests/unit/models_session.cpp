@@ -107,6 +107,60 @@ TEST_CASE("a chat goes on with the template, and keeps its picture") {
   CHECK(session.length() > length + 4);
 }
 
+TEST_CASE("a conversation's ids are those of the whole conversation rendered at once") {
+  const Vlm model = Vlm::from_pretrained(source_dir() + "/assets/easy-vqa", Cpu({.threads = 1}));
+  const m2lm::Image circle = m2lm::load_image(source_dir() + "/assets/easy-vqa/pictures/0.png");
+  // user_assistant has no end token between turns, vicuna_v1 has one.
+  for (const std::string_view name : {"user_assistant", "vicuna_v1"}) {
+    CAPTURE(name);
+    const m2lm::ChatTemplate& format = m2lm::chat_template(name);
+    auto prompt = model.prompt("<image>\nwhat color is the shape?");
+    prompt.template_name = name;
+    prompt.attach<"image">(circle);
+    auto next = model.prompt("what shape is in the image?");
+    next.template_name = name;
+    auto session = model.session();
+    const std::int32_t end = *model.tokenizer().eos();
+    const Generation first = session.generate(prompt, {.max_new_tokens = 8});
+    session.generate(next, {.max_new_tokens = 1});
+    if (name == "user_assistant") CHECK(first.tokens.back() == end);
+
+    const std::vector<m2lm::Message> turns{{m2lm::Role::user, prompt.text}, {m2lm::Role::assistant, first.text.substr(first.text.find_first_not_of(' '))}, {m2lm::Role::user, next.text}};
+    auto whole = model.raw_prompt(m2lm::render(format, turns));
+    whole.attach<"image">(circle);
+    if (first.tokens.back() == end) {
+      const std::vector<std::int32_t> ids = model.input_ids(whole);
+      CHECK(std::vector<std::int32_t>(session.history().begin(), session.history().end()) == ids);
+    }
+  }
+}
+
+TEST_CASE("an answer that ends with a placeholder's id does not block the session") {
+  const Vlm& model = talker();
+  const std::int32_t image_id = *model.tokenizer().token_id("<image>");
+  // Whatever was chosen last goes in front of the next ids as it is, also when it looks like a placeholder.
+  m2lm::detail::TokenSequence sequence{.ids = {5, image_id, image_id, 6}, .media = {{.component = 0, .instance = 0, .begin = 1, .rows = 2}}};
+  sequence.prepend(std::vector<std::int32_t>{image_id});
+  CHECK(sequence.ids == std::vector<std::int32_t>{image_id, 5, image_id, image_id, 6});
+  CHECK(sequence.media.front().begin == 2);
+}
+
+TEST_CASE("a system message in the middle of a conversation is refused") {
+  const Vlm& model = talker();
+  auto session = model.session();
+  session.generate(model.prompt("Hello"), {.max_new_tokens = 2, .ignore_eos = true});
+  auto prompt = model.prompt("And now?");
+  prompt.system = "Be brief.";
+  CHECK_THROWS_WITH_AS(session.generate(prompt, {.max_new_tokens = 2}), "m2lm: a system message opens a conversation; this one has begun", m2lm::InputError);
+  // After ids or raw text a chat may begin, with its opening.
+  auto fresh = model.session();
+  fresh.generate(model.prompt(std::vector<std::int32_t>{1, 5}), {.max_new_tokens = 2, .ignore_eos = true});
+  const std::int64_t length = fresh.length();
+  const auto opening = static_cast<std::int64_t>(model.input_ids(model.prompt("Hello")).size());
+  fresh.generate(model.prompt("Hello"), {.max_new_tokens = 1, .ignore_eos = true});
+  CHECK(fresh.length() == length + 1 + opening);
+}
+
 TEST_CASE("sessions of one model do not see each other") {
   const Lm& model = tiny();
   const auto a = some_ids(8, 96, 1), b = some_ids(11, 96, 2);

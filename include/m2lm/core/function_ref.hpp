@@ -23,11 +23,18 @@ class FunctionRef<R(A...)> {
   constexpr FunctionRef() = default;
 
   template <class F>
-    requires(!std::is_same_v<std::remove_cvref_t<F>, FunctionRef> && std::is_invocable_r_v<R, F&, A...>)
+    requires(!std::is_same_v<std::remove_cvref_t<F>, FunctionRef> && !std::is_function_v<std::remove_reference_t<F>> && std::is_invocable_r_v<R, F&, A...>)
   constexpr FunctionRef(F&& f)  // NOLINT: implicit on purpose, so that a lambda can be passed
       : object_(const_cast<void*>(static_cast<const void*>(std::addressof(f)))),
         call_([](void* object, A... arguments) -> R {
           return (*static_cast<std::remove_reference_t<F>*>(object))(std::forward<A>(arguments)...);
+        }) {}
+
+  template <class F>
+    requires(std::is_function_v<F> && std::is_invocable_r_v<R, F&, A...>)
+  FunctionRef(F& f)  // NOLINT: implicit on purpose
+      : object_(reinterpret_cast<void*>(&f)), call_([](void* object, A... arguments) -> R {
+          return reinterpret_cast<F*>(object)(std::forward<A>(arguments)...);
         }) {}
 
   explicit constexpr operator bool() const { return call_ != nullptr; }

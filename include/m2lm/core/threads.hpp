@@ -28,7 +28,8 @@ class ThreadPool {
   int spins_ = 0;
 
  public:
-  /// requires threads >= 0; 0 means one per available core (cgroup and affinity mask respected).
+  /// requires threads >= 0; 0 means one per available core (affinity mask and container quota respected).
+  /// throws OptionError for a number out of range, CapacityError when the system starts fewer.
   explicit ThreadPool(int threads);
   ~ThreadPool();
   ThreadPool(const ThreadPool&) = delete;
@@ -43,6 +44,7 @@ class ThreadPool {
 
  private:
   void worker(int part);
+  void stop();
 };
 
 /// Part `part` of `parts` of the range [0, count), cut at multiples of `grain`.

@@ -4,6 +4,9 @@
 
 #include <m2lm/core/threads.hpp>
 
+#include <cstdio>
+#include <system_error>
+
 #if defined(__linux__)
 #include <sched.h>
 #endif
@@ -11,12 +14,21 @@
 namespace m2lm {
 
 M2LM_IMPL int ThreadPool::available_cores() {
+  int cores = static_cast<int>(std::thread::hardware_concurrency());
 #if defined(__linux__)
   cpu_set_t set;
-  if (sched_getaffinity(0, sizeof(set), &set) == 0) return CPU_COUNT(&set);
+  if (sched_getaffinity(0, sizeof(set), &set) == 0) cores = CPU_COUNT(&set);
+  // A container's share of the processors: "quota period" in microseconds, or "max period".
+  if (std::FILE* file = std::fopen("/sys/fs/cgroup/cpu.max", "r")) {
+    long long quota = 0, period = 0;
+    if (std::fscanf(file, "%lld %lld", &quota, &period) == 2 && quota > 0 && period > 0) {
+      const long long allowed = (quota + period - 1) / period;
+      if (allowed < cores) cores = static_cast<int>(allowed);
+    }
+    std::fclose(file);
+  }
 #endif
-  const unsigned n = std::thread::hardware_concurrency();
-  return n ? static_cast<int>(n) : 1;
+  return cores > 0 ? cores : 1;
 }
 
 M2LM_IMPL ThreadPool::ThreadPool(int threads) {
@@ -26,10 +38,18 @@ M2LM_IMPL ThreadPool::ThreadPool(int threads) {
   // Spinning only pays while every thread has a core of its own, and not for long: another program may want the core.
   spins_ = size_ <= cores ? 2000 : 0;  // 30 to 80 microseconds
   workers_.reserve(static_cast<std::size_t>(size_ - 1));
-  for (int part = 1; part < size_; ++part) workers_.emplace_back([this, part] { worker(part); });
+  try {
+    for (int part = 1; part < size_; ++part) workers_.emplace_back([this, part] { worker(part); });
+  } catch (const std::system_error& error) {
+    const std::size_t started = workers_.size();
+    stop();
+    throw CapacityError(concat("m2lm: of ", size_, " threads the system starts ", started + 1, " (", error.what(), "); ask for fewer"));
+  }
 }
 
-M2LM_IMPL ThreadPool::~ThreadPool() {
+M2LM_IMPL ThreadPool::~ThreadPool() { stop(); }
+
+M2LM_IMPL void ThreadPool::stop() {
   stop_.store(true);
   epoch_.fetch_add(1);
   epoch_.notify_all();

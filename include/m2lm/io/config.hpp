@@ -82,9 +82,10 @@ class ConfigValue {
   T get(std::string_view key) const {
     return (*this)[key].template as<T>();
   }
-  /// `fallback` when the key is missing or null.
+  /// `fallback` when the key is missing or null, or this is null. throws as `get` when this is another thing than an object.
   template <class T>
   T get_or(std::string_view key, T fallback) const {
+    if (!is_object() && !is_null()) wrong_type("an object");
     return has_value(key) ? get<T>(key) : fallback;
   }
   std::string get_or(std::string_view key, const char* fallback) const { return get_or<std::string>(key, fallback); }

@@ -13,7 +13,8 @@
 
 namespace m2lm {
 
-/// Options of one generate call. The first six are SamplingOptions'.
+/// Options of one generate call. `on_text` refers to a callable and does not own it: write the lambda into the call itself, or give
+/// it a name that lives as long as the options are used.
 struct GenerateOptions {
   std::int64_t max_new_tokens = 128;
   double temperature = 0;  ///< 0 = greedy

@@ -76,6 +76,8 @@ M2LM_IMPL void read_config(const ConfigValue& root, LlamaConfig& config) {
   config.num_layers = detail::read_size(text, "num_hidden_layers", 32, detail::most_layers);
   config.num_heads = detail::read_size(text, "num_attention_heads", 32);
   config.num_kv_heads = detail::read_size(text, "num_key_value_heads", mistral ? 8 : config.num_heads);
+  if (!text.has_value("head_dim") && config.hidden_size % config.num_heads != 0)
+    text.fail(concat("hidden_size ", config.hidden_size, " is not a multiple of ", config.num_heads, " attention heads, and there is no head_dim"));
   config.head_dim = detail::read_size(text, "head_dim", config.hidden_size / config.num_heads);
   config.max_position_embeddings = detail::read_size(text, "max_position_embeddings", mistral ? 131072 : 2048, std::int64_t{1} << 30);
   // A Mistral config that does not mention the window has 4096; null switches it off.
@@ -89,8 +91,6 @@ M2LM_IMPL void read_config(const ConfigValue& root, LlamaConfig& config) {
   detail::read_rope(text, config.rope);
   if (config.num_heads % config.num_kv_heads != 0)
     text.fail(concat(config.num_heads, " attention heads do not share ", config.num_kv_heads, " key-value heads evenly"));
-  if (!text.has_value("head_dim") && config.hidden_size % config.num_heads != 0)
-    text.fail(concat("hidden_size ", config.hidden_size, " is not a multiple of ", config.num_heads, " attention heads, and there is no head_dim"));
   if (config.head_dim % 2 != 0) text.fail(concat("head_dim = ", config.head_dim, " is odd; rotary embedding needs pairs"));
 }
 

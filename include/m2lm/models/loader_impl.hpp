@@ -72,8 +72,9 @@ M2LM_IMPL LoadReport bind_parameters(std::span<const NamedParameter> parameters,
   std::vector<std::string> unused;
   for (const std::string& name : stored_names)
     if (!used.contains(name)) unused.push_back(name);
+  constexpr std::size_t most_nearest = 50;  // the search compares every pair; who has more is in the wrong directory
   for (const std::string& name : not_found) {
-    const std::string nearest = nearest_name(name, unused);
+    const std::string nearest = report.missing.size() < most_nearest ? nearest_name(name, unused) : std::string();
     report.missing.push_back(name + " is missing" + (nearest.empty() ? "" : "; the nearest name is " + nearest));
   }
   for (const std::string& name : unused) {

@@ -31,8 +31,11 @@ template <>
 struct Preprocessor<Image> {
   ImageProcessorConfig config{};
   template <class EncoderConfig>
-  static Preprocessor from_directory(std::string_view directory, const EncoderConfig& encoder) {
-    return {read_image_processor_config(directory, static_cast<int>(encoder.image_size))};
+  static Preprocessor from_directory(std::string_view directory, [[maybe_unused]] const EncoderConfig& encoder) {
+    if constexpr (requires { encoder.image_size; })
+      return {read_image_processor_config(directory, static_cast<int>(encoder.image_size))};
+    else
+      return {read_image_processor_config(directory)};
   }
   Tensor<float> operator()(const Image& image) const { return preprocess(image, config); }
 };
@@ -83,6 +86,8 @@ struct Modality {
       visit(detail::encoder_prefix(Name.view()), self.encoder);
       visit(detail::projector_prefix(Name.view()), self.projector);
     }
+    /// The precision that this component is packed in when the model's is `model`.
+    static constexpr Precision precision_of(const Precision& model) { return model; }
     void prepare(Context<B>& ctx, const Precision& precision) {
       encoder.prepare(ctx, precision.resolve(precision.encoders));
       projector.prepare(ctx, precision.resolve(precision.projectors));
@@ -132,6 +137,7 @@ struct With {
   template <class B, Precision>
   struct On : Component::template On<B, P> {
     using Component::template On<B, P>::On;
+    static constexpr Precision precision_of(const Precision&) { return P; }
     void prepare(Context<B>& ctx, const Precision&) { Component::template On<B, P>::prepare(ctx, P); }
   };
 };

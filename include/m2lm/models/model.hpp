@@ -26,6 +26,7 @@
 
 namespace m2lm {
 
+/// `progress` refers to a callable and does not own it, as GenerateOptions::on_text.
 struct LoadOptions {
   std::optional<Precision> precision = {};                     ///< instead of the one in the type (a `With` component keeps its own)
   std::string_view template_name = {};                         ///< chat template instead of the checkpoint's
@@ -66,6 +67,12 @@ struct MediaSpan {
 struct TokenSequence {
   std::vector<std::int32_t> ids;
   std::vector<MediaSpan> media;
+
+  /// Puts ids of text in front.
+  void prepend(std::span<const std::int32_t> text) {
+    ids.insert(ids.begin(), text.begin(), text.end());
+    for (MediaSpan& span : media) span.begin += static_cast<std::int64_t>(text.size());
+  }
 };
 
 struct PlaceholderUse {
@@ -77,11 +84,6 @@ struct PlaceholderUse {
 TokenSequence expand_placeholders(std::span<const std::int32_t> ids, bool expanded, std::span<const PlaceholderUse> components);
 
 std::optional<std::int32_t> placeholder_id(const ModelFiles& files, std::string_view component);
-
-template <class T>
-Tensor<T> converted(const AnyTensor& tensor) {
-  return tensor.to<T>();
-}
 
 }  // namespace detail
 
@@ -158,6 +160,8 @@ class Model {
   static LlamaConfig read_decoder_config(const ConfigValue& root);
   template <class F>
   void for_each_component(F&& f) const;
+  Model() = default;
+  const ChatTemplate& template_of(const PromptType& prompt) const;
   std::vector<std::int32_t> prompt_ids(const PromptType& prompt) const;
   Embedded embed_media(Context<B>& ctx, const PromptType& prompt, std::vector<std::int32_t> ids) const;
   void embed(Context<B>& ctx, const Embedded& embedded, std::int64_t begin, Matrix<Scalar> h) const;
@@ -170,13 +174,13 @@ class BasicSession {
   using B = typename M::Backend;
   using S = typename M::Scalar;
   M model_;
-  mutable Arena arena_;
+  Arena arena_;
   KvCache<B> cache_;
   Rng rng_;
   bool seeded_ = false;
   std::vector<std::int32_t> history_;  // ids at the cached positions
   std::vector<std::int32_t> pending_;  // chosen, but not yet seen by the decoder
-  bool answered_ = false;
+  bool chatting_ = false;              // the cache begins with a rendered chat
 
   /// Puts a session back where it stood, unless `done`.
   struct Restore {
@@ -185,7 +189,7 @@ class BasicSession {
     std::size_t ids = session.history_.size();
     std::vector<std::int32_t> pending = session.pending_;
     Rng rng = session.rng_;
-    bool seeded = session.seeded_, answered = session.answered_, done = false;
+    bool seeded = session.seeded_, chatting = session.chatting_, done = false;
 
     ~Restore() {
       if (done) return;
@@ -194,7 +198,7 @@ class BasicSession {
       session.pending_ = std::move(pending);
       session.rng_ = rng;
       session.seeded_ = seeded;
-      session.answered_ = answered;
+      session.chatting_ = chatting;
     }
   };
 
@@ -242,19 +246,31 @@ Model<B, P, D, C...> Model<B, P, D, C...>::from_pretrained(std::string_view dire
 
   std::vector<detail::NamedParameter> parameters;
   const auto collect = [&](std::string_view name, Parameter& p) { parameters.push_back({std::string(name), &p}); };
+  // Bytes that packing takes: matrices in the format of their part, vectors in the backend's scalar.
+  std::size_t needed = 0, counted = 0;
+  const auto add_bytes = [&](auto format_of) {
+    for (; counted < parameters.size(); ++counted) {
+      const Shape& shape = parameters[counted].parameter->shape;
+      const bool packed = shape.rank() >= 2 && std::is_same_v<Scalar, float> && !std::is_same_v<B, Reference<float>>;
+      needed += static_cast<std::size_t>(shape.elements()) * (packed ? dtype_size(format_of(parameters[counted].name)) : sizeof(Scalar));
+    }
+  };
   for_each_parameter(collect, state.decoder);
-  std::apply([&](auto&... c) { (for_each_parameter(collect, c), ...); }, state.component);
+  add_bytes([&](std::string_view name) {
+    return name.starts_with("lm_head") || name.starts_with("model.embed_tokens") ? precision.resolve(precision.lm_head) : precision.weights;
+  });
+  const auto add_component = [&](auto& component) {
+    for_each_parameter(collect, component);
+    const Precision own = component.precision_of(precision);
+    add_bytes([&](std::string_view) { return std::max(own.resolve(own.encoders), own.resolve(own.projectors), [](DType a, DType b) {
+                                        return dtype_size(a) < dtype_size(b); }); });
+  };
+  std::apply([&](auto&... c) { (add_component(c), ...); }, state.component);
   state.report = detail::bind_parameters(parameters, state.files.checkpoint, hugging_face_names);
   require_complete(state.report, directory);
   if (!options.allow_unexpected && !state.report.unexpected.empty())
     throw CheckpointError(concat("m2lm: the checkpoint in ", directory, " holds tensors that the model does not know:", state.report.string()));
 
-  std::size_t needed = 0;
-  for (const auto& p : parameters) {
-    const auto elements = static_cast<std::size_t>(p.parameter->shape.elements());
-    const bool packed = p.parameter->shape.rank() >= 2;
-    needed += elements * (packed && !std::is_same_v<Scalar, double> ? dtype_size(precision.weights) : sizeof(Scalar));
-  }
   detail::require_memory(directory, needed, options.memory_limit, precision.weights);
 
   Arena arena;
@@ -302,10 +318,15 @@ void Model<B, P, D, C...>::for_each_component(F&& f) const {
 }
 
 template <class B, Precision P, class D, class... C>
+const ChatTemplate& Model<B, P, D, C...>::template_of(const PromptType& prompt) const {
+  return prompt.template_name.empty() ? chat_template() : m2lm::chat_template(prompt.template_name);
+}
+
+template <class B, Precision P, class D, class... C>
 std::vector<std::int32_t> Model<B, P, D, C...>::prompt_ids(const PromptType& prompt) const {
   if (prompt.form == PromptForm::ids) return prompt.ids;
   if (prompt.form == PromptForm::raw) return tokenizer().encode(prompt.text, true);
-  const ChatTemplate& format = prompt.template_name.empty() ? chat_template() : m2lm::chat_template(prompt.template_name);
+  const ChatTemplate& format = template_of(prompt);
   std::vector<Message> messages;
   if (!prompt.system.empty()) messages.push_back({Role::system, prompt.system});
   messages.push_back({Role::user, prompt.text});
@@ -324,7 +345,7 @@ auto Model<B, P, D, C...>::embed_media(Context<B>& ctx, const PromptType& prompt
       if (const AnyTensor* given = std::get_if<1>(&attachment)) {
         require<InputError>(given->has_value() && given->shape().rank() == 2 && given->shape()[1] == hidden, "m2lm: the embeddings attached to <", name,
                             "> are ", given->shape().string(), ", expected [tokens, ", hidden, "]");
-        instances.push_back(detail::converted<Scalar>(*given));
+        instances.push_back(given->template to<Scalar>());
         const auto is_finite = [](Scalar x) { return x - x == Scalar(0); };
         const std::span<const Scalar> values = instances.back().span();
         const auto bad = std::find_if_not(values.begin(), values.end(), is_finite) - values.begin();
@@ -522,19 +543,20 @@ Generation BasicSession<M>::generate(const typename M::PromptType& prompt, const
   Generation result;
 
   // The new part of the sequence: what was chosen last, then the prompt.
-  const bool next_turn = answered_ && prompt.form == PromptForm::chat;
-  std::vector<std::int32_t> ids = M2LM_FAULT(31) ? std::vector<std::int32_t>{} : pending_;
-  if (next_turn) {
-    const ChatTemplate& format = prompt.template_name.empty() ? model_.chat_template() : chat_template(prompt.template_name);
-    const bool ended = !pending_.empty() && std::find(state.files.stop_tokens.begin(), state.files.stop_tokens.end(), pending_.back()) != state.files.stop_tokens.end();
-    const std::vector<std::int32_t> turn = model_.tokenizer().encode(render_continuation(format, prompt.text, ended), false);
-    ids.insert(ids.end(), turn.begin(), turn.end());
+  std::vector<std::int32_t> ids;
+  const ChatTemplate& format = model_.template_of(prompt);
+  if (chatting_ && prompt.form == PromptForm::chat) {
+    require<InputError>(prompt.system.empty(), "m2lm: a system message opens a conversation; this one has begun");
+    // An end token that the model chose is not in the cache yet; the template says whether one stands between turns.
+    const auto& ends = state.files.stop_tokens;
+    if (!pending_.empty() && std::find(ends.begin(), ends.end(), pending_.back()) != ends.end()) pending_.clear();
+    ids = model_.tokenizer().encode(render_continuation(format, prompt.text, false), false);
   } else {
-    const std::vector<std::int32_t> own = model_.prompt_ids(prompt);
-    ids.insert(ids.end(), own.begin(), own.end());
+    ids = model_.prompt_ids(prompt);
   }
   auto start = Clock::now();
-  const typename M::Embedded embedded = model_.embed_media(ctx, prompt, std::move(ids));
+  typename M::Embedded embedded = model_.embed_media(ctx, prompt, std::move(ids));
+  if (!M2LM_FAULT(31)) embedded.sequence.prepend(pending_);
   result.timings.encode_seconds = seconds_since(start);
   const std::span<const std::int32_t> sequence = embedded.sequence.ids;
   const auto tokens = static_cast<std::int64_t>(sequence.size());
@@ -559,7 +581,7 @@ Generation BasicSession<M>::generate(const typename M::PromptType& prompt, const
   history_.reserve(history_.size() + static_cast<std::size_t>(tokens + most_tokens));
   history_.insert(history_.end(), sequence.begin(), sequence.end());
   pending_.clear();
-  answered_ = true;
+  chatting_ = chatting_ || prompt.form == PromptForm::chat;
   result.timings.prefill_seconds = seconds_since(start);
   result.timings.prefill_tokens = tokens;
 
@@ -567,7 +589,7 @@ Generation BasicSession<M>::generate(const typename M::PromptType& prompt, const
   if (!options.ignore_eos) stop_tokens.insert(stop_tokens.end(), state.files.stop_tokens.begin(), state.files.stop_tokens.end());
   std::vector<std::string> stop = options.stop;
   if (prompt.form == PromptForm::chat)
-    for (const std::string_view s : (prompt.template_name.empty() ? model_.chat_template() : chat_template(prompt.template_name)).stop_strings) stop.emplace_back(s);
+    for (const std::string_view s : format.stop_strings) stop.emplace_back(s);
   StopMatcher matcher(stop_tokens, stop);
   std::optional<TokenStream> stream;
   if (state.files.tokenizer) stream.emplace(*state.files.tokenizer);

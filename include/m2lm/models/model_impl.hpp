@@ -20,7 +20,12 @@ inline std::string chat_template_text(std::string_view directory) {
     const std::string path = join_path(directory, name);
     if (!file_exists(path)) continue;
     const ConfigValue file = ConfigValue::parse_file(path);
-    if (file.has_value("chat_template") && file["chat_template"].is_string()) return file.get<std::string>("chat_template");
+    if (!file.has_value("chat_template")) continue;
+    const ConfigValue value = file["chat_template"];
+    if (!value.is_array()) return value.as<std::string>();
+    for (std::size_t i = 0; i < value.size(); ++i)  // several under names; "default" is the one for conversations
+      if (value.at(i).get<std::string>("name") == "default") return value.at(i).get<std::string>("template");
+    value.fail("none of the templates is called \"default\"");
   }
   return {};
 }
@@ -40,7 +45,9 @@ inline std::size_t available_memory() {
   };
   std::size_t available = number_in("/proc/meminfo", "MemAvailable:") * 1024;
   const std::size_t limit = number_in("/sys/fs/cgroup/memory.max", ""), used = number_in("/sys/fs/cgroup/memory.current", "");
-  if (limit > used && used > 0) available = std::min(available, limit - used);
+  // What the group uses counts cached files too, which make room when memory is asked for.
+  const std::size_t cached = number_in("/sys/fs/cgroup/memory.stat", "active_file") + number_in("/sys/fs/cgroup/memory.stat", "inactive_file");
+  if (limit > 0 && used > 0) available = std::min(available, limit > used ? limit - used + std::min(cached, used) : std::min(cached, used));
   return available;
 }
 
@@ -70,7 +77,11 @@ M2LM_IMPL ModelFiles open_model_files(std::string_view directory, std::string_vi
   const std::string text_type = out.config.has_value("text_config") ? out.config["text_config"].get_or<std::string>("model_type", "") : "";
   const std::vector<std::string> architectures =
       out.config.has_value("architectures") ? out.config.get_list<std::string>("architectures") : std::vector<std::string>{};
-  const std::string name = out.config.get_or<std::string>("_name_or_path", std::string(directory));
+  // The last part of the name only: parent directories say nothing about a model.
+  std::string name = out.config.get_or<std::string>("_name_or_path", "");
+  if (name.empty()) name = directory;
+  while (name.size() > 1 && name.back() == '/') name.pop_back();
+  name = name.substr(name.rfind('/') + 1);
   out.chat_template = &detect_chat_template(CheckpointFacts{.model_type = model_type, .text_model_type = text_type,
                                                             .architecture = architectures.empty() ? std::string_view{} : std::string_view(architectures.front()),
                                                             .name = name, .chat_template = jinja});
@@ -100,6 +111,8 @@ M2LM_IMPL TokenSequence expand_placeholders(std::span<const std::int32_t> ids, b
   for (std::size_t c = 0; c < components.size(); ++c) {
     std::int64_t rows = 0;
     for (const std::int64_t r : components[c].rows) rows += r;
+    require<InputError>(components[c].id.has_value() || components[c].rows.empty(), "m2lm: the checkpoint has no token for <", components[c].name,
+                        ">: neither config.json (", components[c].name, "_token_index) nor the tokenizer names one");
     const std::int64_t found = components[c].id ? std::count(ids.begin(), ids.end(), *components[c].id) : 0;
     const auto instances = static_cast<std::int64_t>(components[c].rows.size());
     one_per_row[c] = expanded && found != instances && found == rows;
