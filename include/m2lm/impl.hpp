@@ -8,6 +8,8 @@
 #include <m2lm/io/config_impl.hpp>
 #include <m2lm/io/safetensors_impl.hpp>
 #include <m2lm/io/checkpoint_impl.hpp>
+#include <m2lm/io/unicode_tables_impl.hpp>
+#include <m2lm/io/byte_bpe_impl.hpp>
 #include <m2lm/io/tokenizer_impl.hpp>
 #include <m2lm/io/image_impl.hpp>
 #include <m2lm/io/image_processor_impl.hpp>

@@ -1,4 +1,4 @@
-// Tokenizer: sentencepiece with the added tokens of a Hugging Face directory. TokenStream: its decoder, token by token.
+// Tokenizer: sentencepiece or byte-level BPE, with the added tokens of a Hugging Face directory. TokenStream: its decoder, token by token.
 // Floor: io. May include: core, interop.
 #pragma once
 
@@ -16,19 +16,23 @@ namespace m2lm {
 
 /// Text to ids and back. Immutable; copies share the vocabulary, several threads may use it.
 /// Ids equal those of transformers for the same directory: added tokens are cut out of the text first, what is between them goes
-/// through sentencepiece.
+/// through sentencepiece, or through the byte-level BPE of a tokenizer.json (GPT-2, LLaMA 3, Qwen2).
 class Tokenizer {
   struct State;
   std::shared_ptr<const State> state_;
   friend class TokenStream;
+  static Tokenizer from_tokenizer_json(std::string_view directory);
 
  public:
   Tokenizer() = default;
   /// Reads tokenizer.model, then added_tokens.json, special_tokens_map.json and tokenizer_config.json where they are.
+  /// Without a tokenizer.model, a tokenizer.json with byte-level BPE takes its place: the pre-tokenisers of GPT-2, LLaMA 3 and Qwen2,
+  /// no normaliser or NFC.
   /// throws CheckpointError naming the file: missing, damaged, contradictory, or of a kind that is not supported yet.
   static Tokenizer from_directory(std::string_view directory);
 
-  /// Ids of the text. With `add_bos` the beginning-of-sequence token comes first, if the checkpoint has one.
+  /// Ids of the text. With `add_bos` the beginning-of-sequence token comes first, if the checkpoint has one;
+  /// with byte-level BPE: what the post-processor of tokenizer.json puts in front. Bytes that are not UTF-8 then count as U+FFFD.
   std::vector<std::int32_t> encode(std::string_view text, bool add_bos = true) const;
   /// Text of the ids; `skip_special` leaves out bos, eos, padding and the other special tokens.
   /// throws InputError naming the id and the vocabulary's size.
