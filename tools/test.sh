@@ -24,7 +24,7 @@ build() {  # build PRESET
 # One ctest over all build trees, so that there is one list and one count.
 run_tests() {
   mkdir -p build/all &&
-    printf 'subdirs("%s")\n' "$PWD"/build/{dev,asan-ubsan,tsan} >build/all/CTestTestfile.cmake &&
+    printf 'subdirs("%s")\n' "$PWD"/build/{dev,asan-ubsan,tsan,fuzz} >build/all/CTestTestfile.cmake &&
     ctest --test-dir build/all --output-on-failure --no-tests=error -j "$jobs" "$@" 2>&1 | tee build/all/output.txt
 }
 
@@ -32,6 +32,7 @@ stage "set-up" tools/setup.sh --tests
 stage "build" build dev
 stage "build for AddressSanitizer and UndefinedBehaviorSanitizer" build asan-ubsan
 stage "build for ThreadSanitizer" build tsan
+stage "build of the fuzz targets" build fuzz
 stage "build with planted faults" cmake --build --preset faults -j "$jobs"
 status=0
 stage "tests" run_tests "$@" || status=$?
