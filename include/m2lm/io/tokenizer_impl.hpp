@@ -3,6 +3,7 @@
 #pragma once
 
 #include <m2lm/interop/sentencepiece.hpp>
+#include <m2lm/io/byte_bpe_impl.hpp>
 #include <m2lm/io/config_impl.hpp>
 #include <m2lm/io/file_impl.hpp>
 #include <m2lm/core/utf8.hpp>
@@ -35,6 +36,7 @@ struct AddedToken {
   std::string content;
   std::int32_t id = -1;
   bool special = false, lstrip = false, rstrip = false, single_word = false;
+  bool normalized = true;  ///< looked for in the normalised text, after the others (byte-level BPE)
 };
 
 struct TokenText {
@@ -84,6 +86,10 @@ M2LM_IMPL std::string replace_all(std::string_view text, std::string_view from, 
 
 }  // namespace detail
 
+namespace detail {
+struct TokenizerFiles;
+}
+
 struct Tokenizer::State {
   sentencepiece::SentencePieceProcessor processor;
   std::string model_path;
@@ -94,6 +100,10 @@ struct Tokenizer::State {
   bool model_adds_prefix = true;  // with every_stretch and no tokenizer.json, sentencepiece itself does it
   bool strip_first_space = true, adds_bos = true;
   std::optional<std::int32_t> bos, eos, pad, unk;
+  std::unique_ptr<const detail::ByteBpe> bpe;  // instead of the processor
+  void add_tokens(detail::TokenizerFiles& files, std::size_t pieces, const std::string& path);
+  std::string_view own_file() const { return bpe ? "model.vocab" : "tokenizer.model"; }
+  std::vector<std::int32_t> lead;              // with bpe: what the post-processor puts first
 
   void encode_stretch(std::string_view text, bool at_start, std::vector<std::int32_t>& out) const {
     if (text.empty()) return;
@@ -129,6 +139,42 @@ struct Tokenizer::State {
       return &token;
     }
     return nullptr;
+  }
+
+  /// As transformers does it: the added tokens that are not normalized are cut out of the text, what is between is normalised, then
+  /// the others are cut out of that.
+  void encode_bpe(std::string_view text, bool normalized, std::vector<std::int32_t>& out) const {
+    const auto stretch = [&](std::string_view part) {
+      if (part.empty()) return;
+      if (normalized) return bpe->encode(part, out);
+      if (bpe->normalizes()) return encode_bpe(bpe->normalize(part), true, out);
+      encode_bpe(part, true, out);
+    };
+    std::size_t begin = 0;  // of the stretch that is not encoded yet
+    for (std::size_t i = 0; i < text.size();) {
+      const auto& bucket = added[static_cast<unsigned char>(text[i])];
+      const auto found = std::find_if(bucket.begin(), bucket.end(), [&](const detail::AddedToken& token) {
+        return token.normalized == normalized && text.substr(i).starts_with(token.content);
+      });
+      if (found == bucket.end()) {
+        ++i;
+        continue;
+      }
+      const std::size_t after = i + found->content.size();
+      const auto word_at = [&](std::size_t at) { return detail::is_word_point(detail::code_point(text.substr(at)).value); };
+      if (found->single_word && ((i > 0 && word_at(detail::last_character(text.substr(0, i)))) || (after < text.size() && word_at(after)))) {
+        i = after;
+        continue;
+      }
+      std::size_t first = i, end = after;
+      if (found->lstrip) first = std::max(begin, i - detail::trailing_space(text.substr(0, i)));
+      if (found->rstrip) end += detail::leading_space(text.substr(after));
+      if (begin < first) stretch(text.substr(begin, first - begin));
+      out.push_back(found->id);
+      begin = end;
+      i = after;
+    }
+    if (begin < text.size()) stretch(text.substr(begin));
   }
 
   const detail::TokenText& token(std::int32_t id) const {
@@ -228,7 +274,8 @@ M2LM_IMPL void read_tokenizer_json(TokenizerFiles& files, const ConfigValue& jso
   for (std::size_t i = 0; i < added.size(); ++i) {
     const ConfigValue token = added.at(i);
     add_token(files, {token.get<std::string>("content"), token.get<std::int32_t>("id"), token.get_or("special", false),
-                      token.get_or("lstrip", false), token.get_or("rstrip", false), token.get_or("single_word", false)}, json.file());
+                      token.get_or("lstrip", false), token.get_or("rstrip", false), token.get_or("single_word", false),
+                      token.get_or("normalized", !token.get_or("special", false))}, json.file());
   }
 }
 
@@ -245,7 +292,8 @@ M2LM_IMPL TokenizerFiles read_tokenizer_files(std::string_view directory) {
         if (parsed.ec != std::errc() || parsed.ptr != key.data() + key.size()) decoder[key].fail("the key must be a token id");
         const ConfigValue token = decoder[key];
         add_token(files, {token.get<std::string>("content"), id, token.get_or("special", false), token.get_or("lstrip", false),
-                          token.get_or("rstrip", false), token.get_or("single_word", false)}, config_path);
+                          token.get_or("rstrip", false), token.get_or("single_word", false),
+                          token.get_or("normalized", !token.get_or("special", false))}, config_path);
       }
     }
     read_special_names(files, config);
@@ -278,14 +326,89 @@ M2LM_IMPL void override_normalizer(std::string& model, bool clear_charsmap, bool
 
 }  // namespace detail
 
+/// Lays the added and the special tokens over the `pieces` of the vocabulary.
+M2LM_IMPL void Tokenizer::State::add_tokens(detail::TokenizerFiles& files, std::size_t pieces, const std::string& path) {
+  // Special tokens that no file gives an id: in the vocabulary, or appended in the order of their roles, as transformers does.
+  std::vector<std::string> special;
+  for (const char* name : {"bos_token", "eos_token", "unk_token", "sep_token", "pad_token", "cls_token", "mask_token"})
+    if (files.named.contains(name)) special.push_back(files.named[name]);
+  special.insert(special.end(), files.extra_special.begin(), files.extra_special.end());
+  for (const std::string& content : special) {
+    const auto known = std::find_if(files.added.begin(), files.added.end(), [&](const auto& entry) { return entry.second.first.content == content; });
+    if (known != files.added.end()) {
+      known->second.first.special = true;
+      continue;
+    }
+    const auto piece = ids.find(content);
+    std::int32_t id = static_cast<std::int32_t>(pieces);
+    if (piece != ids.end()) {
+      id = piece->second;
+    } else if (!files.added.empty()) {
+      id = std::max(id, files.added.rbegin()->first + 1);
+    }
+    detail::add_token(files, {content, id, true, false, false, false, false}, path);
+  }
+
+  for (const auto& [id, entry] : files.added) {
+    const detail::AddedToken& token = entry.first;
+    const auto known = ids.find(token.content);
+    require<CheckpointError>(known == ids.end() || known->second == id, entry.second, ": added token \"", token.content, "\" has id ", id,
+                             ", in ", own_file(), " it has id ", known == ids.end() ? -1 : known->second);
+    const auto index = static_cast<std::size_t>(id);
+    if (index >= tokens.size()) tokens.resize(index + 1);
+    tokens[index] = {token.content, bpe ? detail::token_bytes(token.content) : detail::replace_all(token.content, detail::space_mark, " "), -1, token.special};
+    ids[token.content] = id;
+    added[static_cast<unsigned char>(token.content[0])].push_back(token);
+  }
+  for (auto& bucket : added)
+    std::stable_sort(bucket.begin(), bucket.end(), [](const auto& a, const auto& b) { return a.content.size() > b.content.size(); });
+  const auto named_id = [&](const char* name) -> std::optional<std::int32_t> {
+    const auto found = files.named.find(name);
+    if (found == files.named.end()) return std::nullopt;
+    return ids.at(found->second);
+  };
+  bos = named_id("bos_token");
+  eos = named_id("eos_token");
+  pad = named_id("pad_token");
+  unk = named_id("unk_token");
+}
+
+M2LM_IMPL Tokenizer Tokenizer::from_tokenizer_json(std::string_view directory) {
+  const std::string path = join_path(directory, "tokenizer.json");
+  const ConfigValue json = ConfigValue::parse_file(path);
+  auto state = std::make_shared<State>();
+  state->model_path = path;
+  state->strip_first_space = false;
+  auto bpe = std::make_unique<detail::ByteBpe>(json, detail::max_token_id);
+  detail::TokenizerFiles files = detail::read_tokenizer_files(directory);
+  std::size_t pieces = 0;
+  for (const auto& [text, id] : bpe->vocabulary) pieces = std::max(pieces, static_cast<std::size_t>(id) + 1);
+  state->tokens.resize(pieces);
+  for (const auto& [text, id] : bpe->vocabulary) {
+    detail::TokenText& token = state->tokens[static_cast<std::size_t>(id)];
+    if (!token.text.empty()) json["model"]["vocab"].fail(concat("tokens \"", token.text, "\" and \"", text, "\" have the same id ", id));
+    token.text = text;
+    token.plain = detail::token_bytes(text);
+  }
+  state->ids = std::move(bpe->vocabulary);
+  bpe->vocabulary.clear();
+  state->bpe = std::move(bpe);
+  state->add_tokens(files, pieces, path);
+  if (json.has_value("post_processor")) detail::read_template(json["post_processor"], state->lead);
+  for (const std::int32_t id : state->lead)
+    if (id < 0 || id >= static_cast<std::int64_t>(state->tokens.size()))
+      json["post_processor"].fail(concat("puts token id ", id, " first, outside the vocabulary of ", state->tokens.size(), " tokens"));
+  Tokenizer out;
+  out.state_ = std::move(state);
+  return out;
+}
+
 M2LM_IMPL Tokenizer Tokenizer::from_directory(std::string_view directory) {
   const std::string path = join_path(directory, "tokenizer.model");
   if (!file_exists(path)) {
-    const std::string json = join_path(directory, "tokenizer.json");
-    require<CheckpointError>(!file_exists(json), json,
-                             ": reading a tokenizer.json alone (byte-level BPE among them) is not supported yet; the sentencepiece file "
-                             "tokenizer.model is needed beside it");
-    throw CheckpointError(concat(path, ": the tokenizer is missing; a checkpoint directory needs the sentencepiece file tokenizer.model"));
+    if (file_exists(join_path(directory, "tokenizer.json"))) return from_tokenizer_json(directory);
+    throw CheckpointError(concat(path, ": the tokenizer is missing; a checkpoint directory needs the sentencepiece file tokenizer.model, or the "
+                                       "tokenizer.json of a byte-level BPE"));
   }
   detail::TokenizerFiles files = detail::read_tokenizer_files(directory);
   std::string model;
@@ -346,55 +469,13 @@ M2LM_IMPL Tokenizer Tokenizer::from_directory(std::string_view directory) {
     state->ids.emplace(token.text, static_cast<std::int32_t>(i));
   }
 
-  // Special tokens that no file gives an id: in the vocabulary, or appended in the order of their roles, as transformers does.
   const auto control = [&](const char* name, int id) {
     if (id >= 0) files.named.try_emplace(name, state->processor.IdToPiece(id));
   };
   control("bos_token", state->processor.bos_id());
   control("eos_token", state->processor.eos_id());
   control("unk_token", state->processor.unk_id());
-  std::vector<std::string> special;
-  for (const char* name : {"bos_token", "eos_token", "unk_token", "sep_token", "pad_token", "cls_token", "mask_token"})
-    if (files.named.contains(name)) special.push_back(files.named[name]);
-  special.insert(special.end(), files.extra_special.begin(), files.extra_special.end());
-  for (const std::string& content : special) {
-    const auto known = std::find_if(files.added.begin(), files.added.end(), [&](const auto& entry) { return entry.second.first.content == content; });
-    if (known != files.added.end()) {
-      known->second.first.special = true;
-      continue;
-    }
-    const auto piece = state->ids.find(content);
-    std::int32_t id = static_cast<std::int32_t>(pieces);
-    if (piece != state->ids.end()) {
-      id = piece->second;
-    } else if (!files.added.empty()) {
-      id = std::max(id, files.added.rbegin()->first + 1);
-    }
-    detail::add_token(files, {content, id, true}, path);
-  }
-
-  for (const auto& [id, entry] : files.added) {
-    const detail::AddedToken& token = entry.first;
-    const auto known = state->ids.find(token.content);
-    require<CheckpointError>(known == state->ids.end() || known->second == id, entry.second, ": added token \"", token.content, "\" has id ", id,
-                             ", in tokenizer.model it has id ", known == state->ids.end() ? -1 : known->second);
-    const auto index = static_cast<std::size_t>(id);
-    if (index >= state->tokens.size()) state->tokens.resize(index + 1);
-    state->tokens[index] = {token.content, detail::replace_all(token.content, detail::space_mark, " "), -1, token.special};
-    state->ids[token.content] = id;
-    state->added[static_cast<unsigned char>(token.content[0])].push_back(token);
-  }
-  for (auto& bucket : state->added)
-    std::stable_sort(bucket.begin(), bucket.end(), [](const auto& a, const auto& b) { return a.content.size() > b.content.size(); });
-  const auto named_id = [&](const char* name) -> std::optional<std::int32_t> {
-    const auto found = files.named.find(name);
-    if (found == files.named.end()) return std::nullopt;
-    return state->ids.at(found->second);
-  };
-  state->bos = named_id("bos_token");
-  state->eos = named_id("eos_token");
-  state->pad = named_id("pad_token");
-  state->unk = named_id("unk_token");
+  state->add_tokens(files, pieces, path);
   Tokenizer out;
   out.state_ = std::move(state);
   return out;
@@ -402,6 +483,17 @@ M2LM_IMPL Tokenizer Tokenizer::from_directory(std::string_view directory) {
 
 M2LM_IMPL std::vector<std::int32_t> Tokenizer::encode(std::string_view text, bool add_bos) const {
   std::vector<std::int32_t> out;
+  if (state_->bpe) {
+    if (add_bos) out = state_->lead;
+    if (detail::is_utf8(text)) {
+      state_->encode_bpe(text, false, out);
+    } else {
+      std::string whole;
+      (void)detail::append_well_formed(whole, text, true);
+      state_->encode_bpe(whole, false, out);
+    }
+    return out;
+  }
   if (add_bos && state_->adds_bos && state_->bos) out.push_back(*state_->bos);
   std::size_t begin = 0;  // of the stretch that is not encoded yet
   for (std::size_t i = 0; i < text.size();) {
@@ -451,6 +543,11 @@ M2LM_IMPL const std::string& TokenStream::push(std::int32_t id) {
   const detail::TokenText& token = tokenizer_.state_->token(id);
   text_.clear();
   if (skip_special_ && token.special) return text_;
+  if (tokenizer_.state_->bpe) {
+    bytes_ += token.plain;
+    bytes_.erase(0, detail::append_well_formed(text_, bytes_, false));
+    return text_;
+  }
   if (token.byte >= 0) {
     bytes_ += static_cast<char>(token.byte);
     if (M2LM_FAULT(8)) text_.swap(bytes_);
@@ -473,6 +570,10 @@ M2LM_IMPL const std::string& TokenStream::finish() {
 
 M2LM_IMPL void TokenStream::flush() {
   if (bytes_.empty()) return;
+  if (tokenizer_.state_->bpe) {
+    (void)detail::append_well_formed(text_, bytes_, true);
+    return bytes_.clear();
+  }
   if (detail::is_utf8(bytes_)) {
     text_ += bytes_;
   } else {
