@@ -36,7 +36,7 @@ class Terminal(unittest.TestCase):
         shutil.copytree(TINY, self.endless)
         config = (self.endless / "config.json").read_text()
         (self.endless / "config.json").write_text(re.sub(r'"max_position_embeddings": \d+', '"max_position_embeddings": 40000', config))
-        (self.endless / "generation_config.json").write_text('{"eos_token_id": 351}')
+        (self.endless / "generation_config.json").write_text('{"eos_token_id": 1000000}')
 
     def start(self, program, *arguments, **streams):
         self.process = subprocess.Popen([str(BIN / program), *map(str, arguments)], **{"stdin": subprocess.DEVNULL, **streams})
