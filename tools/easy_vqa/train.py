@@ -320,7 +320,7 @@ class Batches:
             for images in (pool.images, pool.images[:, :, ::-1]):
                 with torch.no_grad(), torch.autocast("cpu", torch.bfloat16):
                     parts = [features(to_pixels(images[i:i + 64])).to(torch.bfloat16)
-                             for i in range(0, len(images) // 64 * 64, 64)]
+                             for i in range(0, len(images), 64)]
                 pool.features.append(torch.cat(parts))
 
     def pick_features(self, size):
@@ -631,7 +631,7 @@ def main():
     parser.add_argument("--work", required=True, help="scratch folder: states, to go on after an interruption")
     parser.add_argument("--out", required=True, help="checkpoint folder to write")
     parser.add_argument("--tower-steps", type=int, default=3000)
-    parser.add_argument("--steps", type=int, default=4000)
+    parser.add_argument("--steps", type=int, default=2500)
     parser.add_argument("--minutes", type=float, help="end stage 2 after so long, learning rate included")
     parser.add_argument("--batch", type=int, default=16, help="pictures per step")
     parser.add_argument("--questions", type=int, default=8, help="questions per picture and step")
