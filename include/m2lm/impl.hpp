@@ -17,6 +17,7 @@
 #include <m2lm/models/hf_config_impl.hpp>
 #include <m2lm/models/loader_impl.hpp>
 #include <m2lm/models/model_impl.hpp>
+#include <m2lm/models/sequence_impl.hpp>
 #include <m2lm/sampling/options_impl.hpp>
 #include <m2lm/sampling/processors_impl.hpp>
 #include <m2lm/sampling/stop_impl.hpp>

@@ -18,6 +18,8 @@
 #include <m2lm/models/model.hpp>
 #include <m2lm/models/names.hpp>
 #include <m2lm/models/prompt.hpp>
+#include <m2lm/models/sequence.hpp>
+#include <m2lm/models/session.hpp>
 #include <m2lm/parts/decoders/llama.hpp>
 #include <m2lm/parts/encoders/clip_vit.hpp>
 #include <m2lm/parts/heads/linear_head.hpp>
