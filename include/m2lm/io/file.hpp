@@ -40,7 +40,8 @@ class FileWriter {
   /// throws CapacityError when the disk is full, InputError on any other failure.
   void write(std::span<const std::byte> bytes);
   void write(std::string_view text) { write(std::as_bytes(std::span(text.data(), text.size()))); }
-  /// Makes the file visible under its name. throws as `write`.
+  /// Flushes the bytes to the disk, gives the file its name, and flushes the directory: after a crash the old file or the whole new one
+  /// is there. throws as `write`; only when flushing the directory fails is the new file there all the same.
   void commit();
 
  private:

@@ -33,6 +33,16 @@ struct Descriptor {
   Descriptor& operator=(const Descriptor&) = delete;
 };
 
+/// fsync, where the file system has one. `fail` gets the error number.
+template <class F>
+void flush_to_disk(int descriptor, F&& fail) {
+  while (::fsync(descriptor) != 0) {
+    if (errno == EINTR) continue;
+    if (errno != EINVAL && errno != EROFS) fail(errno);
+    return;
+  }
+}
+
 M2LM_IMPL std::string too_long(std::string_view path, std::size_t max_bytes) {
   return concat(path, ": the file is longer than the ", max_bytes, " bytes that are read of such a file");
 }
@@ -120,19 +130,25 @@ M2LM_IMPL void FileWriter::write(std::span<const std::byte> bytes) {
   while (!bytes.empty()) {
     const ssize_t n = ::write(descriptor_, bytes.data(), bytes.size());
     if (n < 0 && errno == EINTR) continue;
-    if (n < 0) fail("cannot write the file", errno);
+    if (n <= 0) fail("cannot write the file", n < 0 ? errno : EIO);
     written_ += static_cast<std::uint64_t>(n);
     bytes = bytes.subspan(static_cast<std::size_t>(n));
   }
 }
 
 M2LM_IMPL void FileWriter::commit() {
-  // Some file systems report a full disk only here.
-  if (::fsync(descriptor_) != 0 && errno != EINVAL && errno != EROFS) fail("cannot write the file", errno);
+  // The content is on the disk before the name is: after a power cut the name may not stand for an empty file. Some file systems
+  // report a full disk only here.
+  if (!M2LM_FAULT(55)) detail::flush_to_disk(descriptor_, [&](int error) { fail("cannot write the file", error); });
   const int closed = ::close(std::exchange(descriptor_, -1));
   if (closed != 0) fail("cannot write the file", errno);
   if (std::rename(temporary_.c_str(), path_.c_str()) != 0) fail("cannot give the file its name", errno);
   temporary_.clear();
+  const std::size_t slash = path_.rfind('/');
+  const std::string directory = slash == std::string::npos ? "." : path_.substr(0, slash + 1);
+  // A directory that cannot be opened for reading cannot be flushed; the file is whole all the same.
+  if (const detail::Descriptor parent(::open(directory.c_str(), O_RDONLY | O_DIRECTORY | O_CLOEXEC)); parent.fd >= 0)
+    detail::flush_to_disk(parent.fd, [&](int error) { fail("the file is written, but its new name may be lost in a power cut", error); });
 }
 
 M2LM_IMPL void write_file(std::string_view path, std::span<const std::byte> bytes) {

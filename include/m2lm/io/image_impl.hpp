@@ -97,6 +97,25 @@ M2LM_IMPL bool png_chunks_fit(std::span<const std::byte> bytes) {
   return true;
 }
 
+/// A BMP may hold more between its header and its pixels than stb knows: Windows repeats the colour masks behind the header of
+/// version 5. Returns the file without that, or nothing when there is none.
+M2LM_IMPL std::vector<std::byte> bmp_without_gap(std::span<const std::byte> bytes) {
+  if (bytes.size() < 54) return {};
+  const auto number = [&](std::size_t i, std::size_t count) {
+    std::size_t n = 0;
+    for (std::size_t k = count; k > 0; --k) n = n << 8U | std::to_integer<std::size_t>(bytes[i + k - 1]);
+    return n;
+  };
+  const std::size_t pixels = number(10, 4), header = number(14, 4), bits = number(28, 2), compression = number(30, 4);
+  if (bits < 16 || header < 40 || header > 124) return {};
+  const std::size_t end = 14 + header + ((header == 40 || header == 56) && compression == 3 && bits != 24 ? 12 : 0);
+  if (pixels <= end || pixels > bytes.size()) return {};
+  std::vector<std::byte> out(bytes.begin(), bytes.begin() + static_cast<std::ptrdiff_t>(end));
+  for (std::size_t k = 0; k < 4; ++k) out[10 + k] = static_cast<std::byte>(end >> (8 * k) & 0xffU);
+  out.insert(out.end(), bytes.begin() + static_cast<std::ptrdiff_t>(pixels), bytes.end());
+  return out;
+}
+
 M2LM_IMPL void check_limits(std::int64_t width, std::int64_t height, std::string_view name, const ImageLimits& limits) {
   require<InputError>(width > 0 && height > 0, name, ": the image is empty (", size_string(width, height), ")");
   require<InputError>(width <= limits.max_width && height <= limits.max_height && height <= limits.max_pixels / width, name,
@@ -152,8 +171,6 @@ M2LM_IMPL Image decode_image(std::span<const std::byte> bytes, std::string_view 
                       bytes.size(), " bytes, more than is read");
   const std::string_view format = detail::image_format(bytes);
   require<InputError>(!format.empty(), name, ": is not an image in a known format; JPEG, PNG, BMP, GIF and binary PNM are read");
-  const auto* data = reinterpret_cast<const unsigned char*>(bytes.data());
-  const int size = static_cast<int>(bytes.size());
   const bool supported = format == "PNG" || format == "JPEG" || format == "GIF" || format == "BMP" || format == "PNM";
   require<InputError>(supported, name, ": the image format ", format, " is not supported; JPEG, PNG, BMP, GIF and binary PNM are");
   if (format == "PNM") return detail::decode_pnm(bytes, name, limits);
@@ -161,10 +178,15 @@ M2LM_IMPL Image decode_image(std::span<const std::byte> bytes, std::string_view 
                       ": the JPEG image cannot be read: a Huffman table has more than 256 codes; the file is damaged");
   require<InputError>(format != "PNG" || detail::png_chunks_fit(bytes), name,
                       ": the PNG image cannot be read: a data chunk is longer than the file; the file is damaged or truncated");
+  const std::vector<std::byte> mended = format == "BMP" ? detail::bmp_without_gap(bytes) : std::vector<std::byte>();
+  if (!mended.empty()) bytes = mended;
+  const auto* data = reinterpret_cast<const unsigned char*>(bytes.data());
+  const int size = static_cast<int>(bytes.size());
   int width = 0, height = 0, channels = 0;
   if (!detail::stb::m2lm_stbi_info_from_memory(data, size, &width, &height, &channels)) {
     // stb tries all formats in turn and keeps the reason of the last only.
-    throw InputError(concat(name, ": the ", format, " image cannot be read: its header is damaged, truncated or promises too many pixels"));
+    throw InputError(concat(name, ": the ", format, " image cannot be read: its header is damaged, truncated or promises too many pixels",
+                            format == "JPEG" ? ", or the picture is of 12 bits or coded arithmetically, which is not supported" : ""));
   }
   detail::check_limits(width, height, name, limits);
   // Pillow does not scale 16-bit grey (its mode I;16) but clips it at 255; stb's upper byte would be another picture.
@@ -176,7 +198,7 @@ M2LM_IMPL Image decode_image(std::span<const std::byte> bytes, std::string_view 
       release);
   if (!decoded) {
     const char* reason = detail::stb::m2lm_stbi_failure_reason();
-    throw InputError(concat(name, ": the ", format, " image cannot be read: ", reason ? reason : "unknown reason",
+    throw InputError(concat(name, ": the ", format, " image cannot be read: ", reason && *reason ? reason : "its data end early or contradict its header",
                             "; the file is damaged or truncated"));
   }
   Image out;

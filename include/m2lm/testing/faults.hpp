@@ -44,6 +44,7 @@ enum class Fault : std::uint8_t {
   projector_with_tanh_gelu = 30,
   last_token_of_the_answer_forgotten = 31,
   attention_scale_without_root = 32,
+  file_named_before_it_is_on_the_disk = 55,
 };
 
 struct FaultNote {
@@ -52,7 +53,7 @@ struct FaultNote {
   std::string_view description;  ///< what goes wrong
 };
 
-inline constexpr std::array<FaultNote, 32> fault_notes{{
+inline constexpr auto fault_notes = std::to_array<FaultNote>({
     {Fault::bicubic_without_antialiasing, "io", "downscaling reads as few pixels as upscaling does"},
     {Fault::mean_and_std_in_bgr_order, "io", "red is normalised with blue's mean and deviation"},
     {Fault::crop_off_by_one, "io", "the middle of a picture is cut one pixel to the right and below"},
@@ -85,7 +86,8 @@ inline constexpr std::array<FaultNote, 32> fault_notes{{
     {Fault::projector_with_tanh_gelu, "parts", "the projector uses the tanh approximation of gelu"},
     {Fault::last_token_of_the_answer_forgotten, "models", "a conversation goes on without the token chosen last"},
     {Fault::attention_scale_without_root, "layers", "scores are divided by head_dim instead of its square root"},
-}};
+    {Fault::file_named_before_it_is_on_the_disk, "io", "a saved file gets its name before its bytes are flushed"},
+});
 
 /// The note of fault `number`; null if there is no such fault.
 constexpr const FaultNote* find_fault(int number) {
