@@ -6,6 +6,7 @@
 #include <m2lm/core_impl.hpp>
 #include <m2lm/io/file_impl.hpp>
 #include <m2lm/io/config_impl.hpp>
+#include <m2lm/io/directory_impl.hpp>
 #include <m2lm/io/safetensors_impl.hpp>
 #include <m2lm/io/checkpoint_impl.hpp>
 #include <m2lm/io/unicode_tables_impl.hpp>
@@ -17,6 +18,7 @@
 #include <m2lm/models/hf_config_impl.hpp>
 #include <m2lm/models/loader_impl.hpp>
 #include <m2lm/models/model_impl.hpp>
+#include <m2lm/models/save_impl.hpp>
 #include <m2lm/models/sequence_impl.hpp>
 #include <m2lm/sampling/options_impl.hpp>
 #include <m2lm/sampling/processors_impl.hpp>

@@ -5,6 +5,7 @@
 #include <m2lm/core.hpp>
 #include <m2lm/io/checkpoint.hpp>
 #include <m2lm/io/config.hpp>
+#include <m2lm/io/directory.hpp>
 #include <m2lm/io/file.hpp>
 #include <m2lm/io/image.hpp>
 #include <m2lm/io/image_processor.hpp>
@@ -18,6 +19,7 @@
 #include <m2lm/models/model.hpp>
 #include <m2lm/models/names.hpp>
 #include <m2lm/models/prompt.hpp>
+#include <m2lm/models/save.hpp>
 #include <m2lm/models/sequence.hpp>
 #include <m2lm/models/session.hpp>
 #include <m2lm/parts/decoders/llama.hpp>

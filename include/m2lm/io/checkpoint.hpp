@@ -3,6 +3,7 @@
 #pragma once
 
 #include <m2lm/core/tensor.hpp>
+#include <m2lm/io/safetensors.hpp>
 
 #include <cstddef>
 #include <memory>
@@ -23,6 +24,9 @@ class Checkpoint {
   /// throws CheckpointError: no such directory, no checkpoint in it, a format that is not supported yet, a missing shard, shards
   /// that lack promised tensors, an index that leads out of the directory, or a damaged file. All that is missing is named at once.
   static Checkpoint open(std::string_view directory);
+
+  /// Tensors that are in no file; `name` stands for the directory in messages. requires distinct names.
+  static Checkpoint of_tensors(std::string_view name, std::vector<NamedTensor> tensors);
 
   const std::string& directory() const;
   /// In the order of the files and, in each, of their data.

@@ -13,6 +13,7 @@
 namespace m2lm {
 
 struct Checkpoint::State {
+  static constexpr std::size_t no_file = static_cast<std::size_t>(-1);
   struct Entry {
     std::size_t file = 0;
     std::optional<AnyTensor> tensor;  // nothing when the dtype is not supported
@@ -93,6 +94,18 @@ M2LM_IMPL Checkpoint Checkpoint::open(std::string_view directory) {
   return out;
 }
 
+M2LM_IMPL Checkpoint Checkpoint::of_tensors(std::string_view name, std::vector<NamedTensor> tensors) {
+  auto state = std::make_shared<State>();
+  state->directory = std::string(name);
+  for (NamedTensor& t : tensors) {
+    state->names.push_back(t.name);
+    state->entries.emplace(std::move(t.name), State::Entry{State::no_file, std::move(t.tensor)});
+  }
+  Checkpoint out;
+  out.state_ = std::move(state);
+  return out;
+}
+
 M2LM_IMPL const std::string& Checkpoint::directory() const { return state_->directory; }
 M2LM_IMPL std::vector<std::string> Checkpoint::names() const { return state_->names; }
 
@@ -109,7 +122,7 @@ M2LM_IMPL std::string_view Checkpoint::file_of(std::string_view name) const {
     const std::string nearest = detail::nearest_name(name, state_->names);
     throw CheckpointError(concat(state_->directory, ": has no tensor \"", name, "\"", nearest.empty() ? "" : "; the nearest name is ", nearest));
   }
-  return state_->files[entry->file].path();
+  return entry->file == State::no_file ? state_->directory : state_->files[entry->file].path();
 }
 
 M2LM_IMPL std::size_t Checkpoint::total_bytes() const {

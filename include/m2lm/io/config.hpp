@@ -42,6 +42,8 @@ class ConfigValue {
   /// "null", "object", "array", "string", "bool", "integer" or "number".
   std::string_view type_name() const;
 
+  /// This value as JSON, indented; keys in order of the alphabet.
+  std::string text() const;
   /// Name of the file.
   const std::string& file() const;
   /// Dotted path inside the file, "" for the whole; "text_config.rope_scaling", "names.3".

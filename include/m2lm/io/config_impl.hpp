@@ -162,6 +162,10 @@ M2LM_IMPL std::vector<std::string> ConfigValue::keys() const {
   return out;
 }
 
+M2LM_IMPL std::string ConfigValue::text() const {
+  return value_ == nullptr ? std::string("null") : detail::json_of(value_).dump(2, ' ', false, detail::Json::error_handler_t::replace);
+}
+
 M2LM_IMPL std::size_t ConfigValue::size() const {
   if (!is_array()) wrong_type("an array");
   return detail::json_of(value_).size();

@@ -26,7 +26,9 @@ struct NamedParameter {
   std::string name;
   Parameter* parameter;
 };
-LoadReport bind_parameters(std::span<const NamedParameter> parameters, const Checkpoint& checkpoint, std::span<const NameRule> rules);
+/// `stored`, if given, gets the name in the checkpoint of each parameter.
+LoadReport bind_parameters(std::span<const NamedParameter> parameters, const Checkpoint& checkpoint, std::span<const NameRule> rules,
+                           std::vector<std::string>* stored = nullptr);
 
 }  // namespace detail
 

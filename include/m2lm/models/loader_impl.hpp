@@ -25,7 +25,8 @@ M2LM_IMPL void require_complete(const LoadReport& report, std::string_view direc
 
 namespace detail {
 
-M2LM_IMPL LoadReport bind_parameters(std::span<const NamedParameter> parameters, const Checkpoint& checkpoint, std::span<const NameRule> rules) {
+M2LM_IMPL LoadReport bind_parameters(std::span<const NamedParameter> parameters, const Checkpoint& checkpoint, std::span<const NameRule> rules,
+                                     std::vector<std::string>* stored_as) {
   const std::vector<std::string> stored_names = checkpoint.names();
   const std::set<std::string, std::less<>> stored(stored_names.begin(), stored_names.end());
   const auto rule_of = [&](std::string_view name) {
@@ -55,6 +56,7 @@ M2LM_IMPL LoadReport bind_parameters(std::span<const NamedParameter> parameters,
     const auto rule = rule_of(p.name);
     const std::string name = rule == rules.end() ? p.name
                                                  : std::string(prefix[static_cast<std::size_t>(rule - rules.begin())]) + p.name.substr(rule->canonical.size());
+    if (stored_as) stored_as->push_back(name);
     const AnyTensor* tensor = checkpoint.find(name);
     if (tensor == nullptr) {
       not_found.push_back(name);

@@ -11,6 +11,7 @@
 #include <m2lm/models/loader.hpp>
 #include <m2lm/models/modality.hpp>
 #include <m2lm/models/prompt.hpp>
+#include <m2lm/models/save.hpp>
 #include <m2lm/models/sequence.hpp>
 #include <m2lm/models/session.hpp>
 
@@ -32,6 +33,7 @@ struct LoadOptions {
   FunctionRef<void(double)> progress = {};                     ///< fraction done, 0 to 1
   bool allow_unexpected = true;                                ///< false: tensors that the model does not know are an error
   std::size_t memory_limit = 0;                                ///< bytes the packed model may take; 0 = what the system has free
+  std::string_view tokenizer_directory = {};                   ///< of from_config: where the tokenizer and preprocessor files are, if any
 };
 
 namespace detail {
@@ -51,6 +53,17 @@ ModelFiles open_model_files(std::string_view directory, std::string_view templat
 /// throws CapacityError unless `needed` bytes are available; `limit` 0 asks the system.
 void require_memory(std::string_view directory, std::size_t needed, std::size_t limit, DType format);
 
+/// The files of a model that is made from a config: no tensors yet, a tokenizer if `directory` has one.
+ModelFiles model_files_of_config(const ConfigValue& config, std::string_view directory, std::string_view template_name);
+
+/// The way of the save, train and inspection code to what a Model holds.
+struct ModelAccess {
+  template <class M>
+  static auto& state(const M& model) {
+    return *model.state_;
+  }
+};
+
 std::optional<std::int32_t> placeholder_id(const ModelFiles& files, std::string_view component);
 
 }  // namespace detail
@@ -68,6 +81,13 @@ class Model {
   /// Loads config.json, *.safetensors, and the tokenizer if there is one. throws CheckpointError with all that is missing or does
   /// not fit, CapacityError before any work if the memory will not do, OptionError for a format the backend has not.
   static Model from_pretrained(std::string_view directory, B backend = {}, const LoadOptions& options = {});
+
+  /// A model of random weights, as transformers initialises them; the same seed gives the same ones everywhere. throws as from_pretrained.
+  static Model from_config(const ConfigValue& config, std::uint64_t seed, B backend = {}, const LoadOptions& options = {});
+  /// Writes config.json, model.safetensors (or shards) and the tokenizer's files, named as in the checkpoint, for from_pretrained and
+  /// transformers. An old directory of the name is replaced in one step; files in it that belong to no checkpoint stay.
+  /// throws InputError or CapacityError naming the file; what was there before is then still there.
+  void save_pretrained(std::string_view directory, const SaveOptions& options = {}) const;
 
   /// A user's turn, in the checkpoint's chat template.
   PromptType prompt(std::string_view text) const;
@@ -104,6 +124,7 @@ class Model {
   using DecoderOn = typename Decoder::template On<B, P>;
   static constexpr std::size_t components = sizeof...(Component);
   friend class BasicSession<Model>;
+  friend struct detail::ModelAccess;
 
   struct State {
     B backend;
@@ -123,6 +144,7 @@ class Model {
   std::shared_ptr<State> state_;
 
   static LlamaConfig read_decoder_config(const ConfigValue& root);
+  static Model load(detail::ModelFiles files, B backend, const LoadOptions& options);
   template <class F>
   void for_each_component(F&& f) const;
   Model() = default;
@@ -153,10 +175,45 @@ Model<B, P, D, C...>::State::State(B b, detail::ModelFiles f, const Precision& p
 
 template <class B, Precision P, class D, class... C>
 Model<B, P, D, C...> Model<B, P, D, C...>::from_pretrained(std::string_view directory, B backend, const LoadOptions& options) {
+  return load(detail::open_model_files(directory, options.template_name), std::move(backend), options);
+}
+
+template <class B, Precision P, class D, class... C>
+Model<B, P, D, C...> Model<B, P, D, C...>::from_config(const ConfigValue& config, std::uint64_t seed, B backend, const LoadOptions& options) {
+  detail::ModelFiles files = detail::model_files_of_config(config, options.tokenizer_directory, options.template_name);
+  {
+    const State shapes(backend, files, P);
+    std::vector<Parameter> parameters;
+    std::vector<detail::NamedParameter> named;
+    const auto count = [&](std::string_view name, const Parameter& p) {
+      parameters.push_back(Parameter(p.shape));
+      named.push_back({std::string(name), nullptr});
+    };
+    for_each_parameter(count, shapes.decoder);
+    std::apply([&](const auto&... c) { (for_each_parameter(count, c), ...); }, shapes.component);
+    for (std::size_t i = 0; i < named.size(); ++i) named[i].parameter = &parameters[i];
+    files.checkpoint = detail::initial_checkpoint(files.config, named, seed);
+  }
+  return load(std::move(files), std::move(backend), options);
+}
+
+template <class B, Precision P, class D, class... C>
+void Model<B, P, D, C...>::save_pretrained(std::string_view directory, const SaveOptions& options) const {
+  std::vector<detail::NamedParameter> parameters;
+  const auto collect = [&](std::string_view name, Parameter& p) { parameters.push_back({std::string(name), &p}); };
+  for_each_parameter(collect, state_->decoder);
+  std::apply([&](auto&... c) { (for_each_parameter(collect, c), ...); }, state_->component);
+  const detail::ModelFiles& files = state_->files;
+  detail::save_model(directory, {.directory = files.directory, .config = files.config, .checkpoint = files.checkpoint, .parameters = parameters}, options);
+}
+
+template <class B, Precision P, class D, class... C>
+Model<B, P, D, C...> Model<B, P, D, C...>::load(detail::ModelFiles files, B backend, const LoadOptions& options) {
   const Precision precision = options.precision.value_or(P);
   Model model;
-  model.state_ = std::make_shared<State>(std::move(backend), detail::open_model_files(directory, options.template_name), precision);
+  model.state_ = std::make_shared<State>(std::move(backend), std::move(files), precision);
   State& state = *model.state_;
+  const std::string& directory = state.files.directory;
 
   std::vector<detail::NamedParameter> parameters;
   const auto collect = [&](std::string_view name, Parameter& p) { parameters.push_back({std::string(name), &p}); };

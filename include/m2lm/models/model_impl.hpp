@@ -53,13 +53,9 @@ inline std::size_t available_memory() {
 
 }  // namespace files
 
-M2LM_IMPL ModelFiles open_model_files(std::string_view directory, std::string_view template_name) {
-  require<CheckpointError>(directory_exists(directory), "m2lm: there is no directory ", directory);
-  ModelFiles out;
+/// Everything but config and tensors: the tokenizer, the tokens that end an answer, the chat template.
+M2LM_IMPL void describe_model_files(ModelFiles& out, std::string_view directory, std::string_view template_name) {
   out.directory = directory;
-  out.config = ConfigValue::parse_file(join_path(directory, "config.json"));
-  if (!out.config.is_object()) out.config.fail(concat("an object is wanted, not ", out.config.type_name()));
-  out.checkpoint = Checkpoint::open(directory);
   try {
     out.tokenizer = Tokenizer::from_directory(directory);
   } catch (const CheckpointError& error) {
@@ -70,7 +66,7 @@ M2LM_IMPL ModelFiles open_model_files(std::string_view directory, std::string_vi
   if (out.stop_tokens.empty() && out.tokenizer && out.tokenizer->eos()) out.stop_tokens.push_back(*out.tokenizer->eos());
   if (!template_name.empty()) {
     out.chat_template = &chat_template(template_name);
-    return out;
+    return;
   }
   const std::string jinja = files::chat_template_text(directory);
   const std::string model_type = out.config.get_or<std::string>("model_type", "");
@@ -85,6 +81,25 @@ M2LM_IMPL ModelFiles open_model_files(std::string_view directory, std::string_vi
   out.chat_template = &detect_chat_template(CheckpointFacts{.model_type = model_type, .text_model_type = text_type,
                                                             .architecture = architectures.empty() ? std::string_view{} : std::string_view(architectures.front()),
                                                             .name = name, .chat_template = jinja});
+}
+
+M2LM_IMPL ModelFiles open_model_files(std::string_view directory, std::string_view template_name) {
+  require<CheckpointError>(directory_exists(directory), "m2lm: there is no directory ", directory);
+  ModelFiles out;
+  out.config = ConfigValue::parse_file(join_path(directory, "config.json"));
+  if (!out.config.is_object()) out.config.fail(concat("an object is wanted, not ", out.config.type_name()));
+  out.checkpoint = Checkpoint::open(directory);
+  describe_model_files(out, directory, template_name);
+  return out;
+}
+
+M2LM_IMPL ModelFiles model_files_of_config(const ConfigValue& config, std::string_view directory, std::string_view template_name) {
+  if (!config.is_object()) config.fail(concat("an object is wanted, not ", config.type_name()));
+  require<CheckpointError>(directory.empty() || directory_exists(directory), "m2lm: there is no directory ", directory);
+  ModelFiles out;
+  out.config = config;
+  // Without a directory: a path below which there is nothing.
+  describe_model_files(out, directory.empty() ? concat(config.file(), "/(no directory)") : std::string(directory), template_name);
   return out;
 }
 

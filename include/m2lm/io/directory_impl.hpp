@@ -1,0 +1,97 @@
+// Definitions of io/directory.hpp.
+// Floor: io. May include: core, interop.
+#pragma once
+
+#include <m2lm/io/directory.hpp>
+#include <m2lm/io/file_impl.hpp>
+
+#include <filesystem>
+
+namespace m2lm {
+
+namespace detail {
+
+/// Makes the names of a directory's files durable.
+M2LM_IMPL void sync_directory(const std::string& path) {
+  const Descriptor directory(::open(path.c_str(), O_RDONLY | O_DIRECTORY | O_CLOEXEC));
+  // Some file systems have no fsync of directories: they order names themselves.
+  if (directory.fd < 0 || (::fsync(directory.fd) != 0 && errno != EINVAL && errno != EROFS))
+    throw InputError(concat(path, ": cannot make the directory durable: ", system_message(errno)));
+}
+
+M2LM_IMPL std::string parent_of(const std::string& path) {
+  const std::size_t slash = path.rfind('/');
+  return slash == std::string::npos ? "." : slash == 0 ? "/" : path.substr(0, slash);
+}
+
+/// Swaps two directories in one step; false where the system or the file system cannot.
+inline bool exchange([[maybe_unused]] const std::string& a, [[maybe_unused]] const std::string& b) {
+#if defined(RENAME_EXCHANGE)
+  return ::renameat2(AT_FDCWD, a.c_str(), AT_FDCWD, b.c_str(), RENAME_EXCHANGE) == 0;
+#else
+  return false;
+#endif
+}
+
+}  // namespace detail
+
+M2LM_IMPL DirectoryWriter::DirectoryWriter(std::string_view path) : path_(path) {
+  static std::atomic<unsigned> counter{0};
+  while (path_.size() > 1 && path_.back() == '/') path_.pop_back();
+  const std::size_t slash = path_.rfind('/');
+  const std::string name = slash == std::string::npos ? path_ : path_.substr(slash + 1);
+  if (name.empty() || name == "." || name == "..") throw InputError(concat("\"", path, "\": give the directory to write by its name"));
+  if (file_exists(path_)) throw InputError(concat(path, ": is a file; give the name of a directory to write"));
+  temporary_ = concat(slash == std::string::npos ? std::string() : path_.substr(0, slash + 1), ".", name, ".", static_cast<long>(::getpid()), ".",
+                      counter.fetch_add(1), ".part");
+  if (::mkdir(temporary_.c_str(), 0777) != 0) {
+    const std::string message = concat(temporary_, ": cannot make the directory: ", detail::system_message(errno));
+    temporary_.clear();
+    throw InputError(message);
+  }
+}
+
+M2LM_IMPL DirectoryWriter::~DirectoryWriter() {
+  std::error_code ignored;
+  if (!temporary_.empty()) std::filesystem::remove_all(temporary_, ignored);
+}
+
+M2LM_IMPL void DirectoryWriter::commit(FunctionRef<bool(std::string_view)> replaced) {
+  detail::sync_directory(temporary_);
+  if (!directory_exists(path_)) {
+    if (std::rename(temporary_.c_str(), path_.c_str()) != 0)
+      throw InputError(concat(path_, ": cannot give the directory its name: ", detail::system_message(errno)));
+    temporary_.clear();
+    detail::sync_directory(detail::parent_of(path_));
+    return;
+  }
+  if (!detail::exchange(temporary_, path_)) {
+    // Without an exchange there is a moment in which neither has the name; the old directory is put back if the second step fails.
+    const std::string aside = temporary_ + ".old";
+    if (std::rename(path_.c_str(), aside.c_str()) != 0)
+      throw InputError(concat(path_, ": cannot replace the directory: ", detail::system_message(errno)));
+    if (std::rename(temporary_.c_str(), path_.c_str()) != 0) {
+      const int error = errno;
+      (void)std::rename(aside.c_str(), path_.c_str());
+      throw InputError(concat(path_, ": cannot replace the directory: ", detail::system_message(error)));
+    }
+    temporary_ = aside;
+  }
+  detail::sync_directory(detail::parent_of(path_));
+  // `temporary_` is the old directory now. What does not belong to the files that were replaced goes on where it was.
+  std::error_code error;
+  bool all_moved = true;
+  for (const auto& entry : std::filesystem::directory_iterator(temporary_, error)) {
+    const std::string name = entry.path().filename().string();
+    const std::string target = join_path(path_, name);
+    if (replaced(name) || file_exists(target) || directory_exists(target)) continue;
+    if (std::rename(entry.path().c_str(), target.c_str()) != 0) all_moved = false;
+  }
+  if (error || !all_moved) {  // nothing of the user's is deleted
+    const std::string old = temporary_;
+    temporary_.clear();
+    throw InputError(concat(path_, ": was written, but some of the directory's other files could not be moved over; they are in ", old));
+  }
+}
+
+}  // namespace m2lm

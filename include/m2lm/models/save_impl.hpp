@@ -1,0 +1,234 @@
+// Definitions of models/save.hpp.
+// Floor: models. May include: core, ops, layers, parts, io, sampling.
+#pragma once
+
+#include <m2lm/core/rng.hpp>
+#include <m2lm/interop/json.hpp>
+#include <m2lm/io/directory.hpp>
+#include <m2lm/io/safetensors.hpp>
+#include <m2lm/models/save.hpp>
+
+#include <algorithm>
+#include <cmath>
+#include <cstdio>
+#include <map>
+#include <numbers>
+#include <set>
+
+namespace m2lm::detail {
+
+namespace saving {
+
+/// Files of a Hugging Face directory that say how text and pictures become tensors, or how to generate.
+inline constexpr std::string_view companions[] = {"tokenizer.model",         "tokenizer.json",   "tokenizer_config.json", "added_tokens.json",
+                                                  "special_tokens_map.json", "vocab.json",       "merges.txt",            "preprocessor_config.json",
+                                                  "processor_config.json",   "chat_template.jinja", "chat_template.json", "generation_config.json"};
+
+/// Whether a file of the old directory is one that a saved model brings anew, or would contradict.
+inline bool belongs_to_checkpoint(std::string_view name) {
+  if (name == "config.json" || name.ends_with(".safetensors") || name.ends_with(".safetensors.index.json")) return true;
+  if (glob_match("pytorch_model*", name)) return true;
+  return std::find(std::begin(companions), std::end(companions), name) != std::end(companions);
+}
+
+inline AnyTensor converted(const AnyTensor& tensor, DType dtype) {
+  const auto as = [&]<class T>(T) {
+    Tensor<T> out(tensor.shape());
+    for (std::int64_t i = 0; i < out.elements(); ++i) {
+      const auto x = static_cast<float>(tensor.at(i));
+      if constexpr (std::is_same_v<T, Bf16>)
+        out.data()[i] = to_bf16(x);
+      else if constexpr (std::is_same_v<T, Half>)
+        out.data()[i] = to_half(x);
+      else
+        out.data()[i] = x;
+    }
+    return AnyTensor(std::move(out));
+  };
+  const bool floating = tensor.dtype() == DType::f64 || tensor.dtype() == DType::f32 || tensor.dtype() == DType::f16 || tensor.dtype() == DType::bf16;
+  if (dtype == DType::inherit || dtype == tensor.dtype() || !floating) return tensor;
+  return dtype == DType::bf16 ? as(Bf16{}) : dtype == DType::f16 ? as(Half{}) : as(float{});
+}
+
+/// "float32" for the widest floating dtype of the tensors: what transformers reads the directory in.
+inline std::string_view torch_dtype(std::span<const NamedTensor> tensors) {
+  bool half = false, bf16 = false, wide = false, wider = false;
+  for (const NamedTensor& t : tensors) {
+    half = half || t.tensor.dtype() == DType::f16;
+    bf16 = bf16 || t.tensor.dtype() == DType::bf16;
+    wide = wide || t.tensor.dtype() == DType::f32;
+    wider = wider || t.tensor.dtype() == DType::f64;
+  }
+  if (wider) return "float64";
+  if (wide || (half && bf16)) return "float32";  // the two 16-bit formats together fit in f32 only
+  return bf16 ? "bfloat16" : "float16";
+}
+
+/// config.json with the dtype of what is written beside it.
+inline std::string config_text(const ConfigValue& config, std::string_view dtype) {
+  nlohmann::json json = nlohmann::json::parse(config.text());
+  const std::string name(dtype);
+  json[json.contains("torch_dtype") ? "torch_dtype" : "dtype"] = name;
+  for (const char* part : {"text_config", "vision_config"})
+    for (const char* key : {"dtype", "torch_dtype"})
+      if (json.contains(part) && json[part].is_object() && json[part].contains(key)) json[part][key] = name;
+  return json.dump(2) + "\n";
+}
+
+inline std::string shard_name(std::size_t i, std::size_t of) {
+  char text[64];
+  std::snprintf(text, sizeof(text), "model-%05zu-of-%05zu.safetensors", i + 1, of);
+  return text;
+}
+
+}  // namespace saving
+
+M2LM_IMPL void save_model(std::string_view directory, const SaveSource& source, const SaveOptions& options) {
+  const DType dtype = options.dtype;
+  require<OptionError>(dtype == DType::inherit || dtype == DType::f32 || dtype == DType::f16 || dtype == DType::bf16, "m2lm::Model::save_pretrained: dtype ",
+                       dtype_name(dtype), " is not one of f32, f16, bf16, or inherit");
+  require<OptionError>(options.max_shard_bytes > 0, "m2lm::Model::save_pretrained: max_shard_bytes = 0");
+
+  // Every tensor of the checkpoint under its own name: the model's parameters as they are now, the others as they were (encoder blocks
+  // behind the chosen layer). So the directory is as complete as the one that was loaded.
+  std::vector<std::string> stored;
+  std::vector<Parameter> scratch;
+  scratch.reserve(source.parameters.size());
+  std::vector<NamedParameter> binding;
+  for (const NamedParameter& p : source.parameters) {
+    scratch.emplace_back(p.parameter->shape);
+    binding.push_back({p.name, &scratch.back()});
+  }
+  require_complete(bind_parameters(binding, source.checkpoint, hugging_face_names, &stored), source.checkpoint.directory());
+  std::map<std::string_view, const Parameter*> current;
+  for (std::size_t i = 0; i < stored.size(); ++i) current.emplace(stored[i], source.parameters[i].parameter);
+  const bool own_head = std::any_of(source.parameters.begin(), source.parameters.end(), [](const NamedParameter& p) { return p.name == "lm_head.weight"; });
+  std::vector<NamedTensor> tensors;
+  for (const std::string& name : source.checkpoint.names()) {
+    const auto found = current.find(name);
+    // A copy of a tied head would be the table of before the training.
+    if (found == current.end() && !own_head && name.ends_with("lm_head.weight")) continue;
+    tensors.push_back({name, found == current.end() ? *source.checkpoint.find(name) : found->second->value});
+  }
+  const auto bytes_of = [&](const NamedTensor& t) {
+    return dtype == DType::inherit ? t.tensor.bytes() : static_cast<std::size_t>(t.tensor.shape().elements()) * dtype_size(dtype);
+  };
+  std::vector<std::size_t> shard_of(tensors.size());
+  std::size_t shards = 1, in_shard = 0, total = 0;
+  for (std::size_t i = 0; i < tensors.size(); ++i) {
+    const std::size_t bytes = bytes_of(tensors[i]);
+    if (in_shard > 0 && in_shard + bytes > options.max_shard_bytes) {
+      ++shards;
+      in_shard = 0;
+    }
+    in_shard += bytes;
+    total += bytes;
+    shard_of[i] = shards - 1;
+  }
+
+  DirectoryWriter writer(directory);
+  const std::map<std::string, std::string> metadata{{"format", "pt"}};
+  nlohmann::json index;
+  std::vector<NamedTensor> written;  // with the data of one shard at a time
+  std::string_view dtype_written;
+  if (dtype == DType::inherit)
+    dtype_written = saving::torch_dtype(tensors);
+  else
+    dtype_written = dtype == DType::f32 ? "float32" : dtype == DType::f16 ? "float16" : "bfloat16";
+  for (std::size_t shard = 0; shard < shards; ++shard) {
+    const std::string file = shards == 1 ? std::string("model.safetensors") : saving::shard_name(shard, shards);
+    written.clear();
+    for (std::size_t i = 0; i < tensors.size(); ++i) {
+      if (shard_of[i] != shard) continue;
+      written.push_back({tensors[i].name, saving::converted(tensors[i].tensor, dtype)});
+      index["weight_map"][tensors[i].name] = file;
+    }
+    write_safetensors(writer / file, written, metadata);
+  }
+  if (shards > 1) {
+    index["metadata"]["total_size"] = total;
+    write_file(writer / "model.safetensors.index.json", index.dump(2) + "\n");
+  }
+  write_file(writer / "config.json", saving::config_text(source.config, dtype_written));
+  for (const std::string_view name : saving::companions) {
+    const std::string from = join_path(source.directory, name);
+    if (!source.directory.empty() && file_exists(from)) write_file(writer / name, read_file(from));
+  }
+  writer.commit(saving::belongs_to_checkpoint);
+}
+
+namespace initial {
+
+/// How the elements of one parameter begin.
+struct Rule {
+  double mean = 0, deviation = 0;
+};
+
+/// source: transformers' _init_weights of LlamaPreTrainedModel, LlavaPreTrainedModel and CLIPPreTrainedModel.
+inline Rule rule_of(std::string_view name, const Shape& shape, const ConfigValue& config) {
+  const auto number = [&](const char* part, const char* key, double fallback) {
+    const ConfigValue c = config.has_value(part) ? config[part] : config;
+    return c.get_or<double>(key, fallback);
+  };
+  const bool norm = name.find("norm") != std::string_view::npos;
+  if (norm) return {name.ends_with("weight") ? 1.0 : 0.0, 0.0};
+  if (name.ends_with("bias")) return {};
+  if (name.starts_with("vision_tower.")) {
+    const double factor = number("vision_config", "initializer_factor", 1.0), range = number("vision_config", "initializer_range", 0.02);
+    const double width = number("vision_config", "hidden_size", 768), layers = number("vision_config", "num_hidden_layers", 12);
+    const double deep = 1.0 / std::sqrt(width * 2.0 * layers);
+    if (name.ends_with("class_embedding")) return {0, factor / std::sqrt(width)};
+    if (name.ends_with("patch_embedding.weight") || name.ends_with("position_embedding.weight")) return {0, factor * range};
+    if (name.ends_with("out_proj.weight")) return {0, factor / std::sqrt(width)};
+    if (name.ends_with("q_proj.weight") || name.ends_with("k_proj.weight") || name.ends_with("v_proj.weight")) return {0, factor * deep};
+    if (name.ends_with("fc1.weight")) return {0, factor / std::sqrt(2.0 * width)};
+    if (name.ends_with("fc2.weight")) return {0, factor * deep};
+    if (name.ends_with("visual_projection.weight")) return {0, factor / std::sqrt(width)};
+  }
+  return {0, shape.rank() < 2 ? 0.0 : number("text_config", "initializer_range", 0.02)};
+}
+
+/// Two normal numbers from four uniform ones would need a spare to be kept: one of the two is enough here. source: Box & Muller 1958.
+inline double normal(Rng& rng) {
+  const double u = 1.0 - rng.uniform();  // in (0, 1]
+  return std::sqrt(-2.0 * std::log(u)) * std::cos(2.0 * std::numbers::pi * rng.uniform());
+}
+
+}  // namespace initial
+
+M2LM_IMPL Checkpoint initial_checkpoint(const ConfigValue& config, std::span<const NamedParameter> parameters, std::uint64_t seed) {
+  std::vector<NamedTensor> tensors;
+  const bool nested = config.has_value("text_config");
+  const auto add = [&](const std::string& name, const Shape& shape) {
+    std::uint64_t hash = 0xcbf29ce484222325U;  // FNV-1a of the name: one stream of numbers per tensor
+    for (const char c : name) hash = (hash ^ static_cast<unsigned char>(c)) * 0x100000001b3U;
+    Rng rng(seed ^ hash);
+    const initial::Rule rule = initial::rule_of(name, shape, config);
+    Tensor<float> values(shape);
+    for (float& x : values.span()) x = static_cast<float>(rule.deviation == 0 ? rule.mean : rule.mean + rule.deviation * initial::normal(rng));
+    const bool decoder = name.starts_with("model.") || name.starts_with("lm_head.");
+    tensors.push_back({(nested && decoder ? "language_model." : "") + name, AnyTensor(std::move(values))});
+  };
+  for (const NamedParameter& p : parameters) add(p.name, p.parameter->shape);
+
+  // The model has the tower's blocks up to the chosen layer. The directory gets them all, and the norm behind them: transformers asks
+  // for them.
+  if (!config.has_value("vision_config")) return Checkpoint::of_tensors(config.file(), std::move(tensors));
+  const std::string blocks = "vision_tower.vision_model.encoder.layers.", norm = "vision_tower.vision_model.post_layernorm.";
+  const auto listed = [&](const std::string& name) {
+    return std::any_of(parameters.begin(), parameters.end(), [&](const NamedParameter& p) { return p.name == name; });
+  };
+  for (const NamedParameter& p : parameters) {
+    if (!p.name.starts_with(blocks + "0.")) continue;
+    for (std::int64_t i = 1; i < config["vision_config"].get_or<std::int64_t>("num_hidden_layers", 12); ++i) {
+      const std::string name = concat(blocks, i, p.name.substr(blocks.size() + 1));
+      if (!listed(name)) add(name, p.parameter->shape);
+    }
+    if (!p.name.ends_with("layer_norm1.weight")) continue;
+    for (const char* part : {"weight", "bias"})
+      if (!listed(norm + part)) add(norm + part, p.parameter->shape);
+  }
+  return Checkpoint::of_tensors(config.file(), std::move(tensors));
+}
+
+}  // namespace m2lm::detail
