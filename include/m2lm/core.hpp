@@ -7,9 +7,11 @@
 #include <m2lm/config.hpp>
 #include <m2lm/core/arena.hpp>
 #include <m2lm/core/dtype.hpp>
+#include <m2lm/core/dual.hpp>
 #include <m2lm/core/error.hpp>
 #include <m2lm/core/fields.hpp>
 #include <m2lm/core/function_ref.hpp>
+#include <m2lm/core/gradients.hpp>
 #include <m2lm/core/packed.hpp>
 #include <m2lm/core/policy.hpp>
 #include <m2lm/core/rng.hpp>

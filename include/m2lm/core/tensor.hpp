@@ -77,9 +77,21 @@ class Tensor {
   }
 };
 
+namespace detail {
+
+/// Which scalar of a Reference<T> a tensor of dtype `native` holds: one address per type.
+struct NativeType {
+  std::size_t size;
+};
+template <class T>
+inline constexpr NativeType native_type{sizeof(T)};
+
+}  // namespace detail
+
 /// A read-only tensor with a run-time dtype. Shares ownership of its bytes (a mapped file, or a buffer).
 class AnyTensor {
   DType dtype_ = DType::f32;
+  const detail::NativeType* native_ = nullptr;  // of dtype `native` only
   Shape shape_;
   const std::byte* data_ = nullptr;
   std::shared_ptr<const void> owner_;
@@ -88,19 +100,21 @@ class AnyTensor {
   AnyTensor() = default;
   AnyTensor(DType dtype, Shape shape, const std::byte* data, std::shared_ptr<const void> owner)
       : dtype_(dtype), shape_(shape), data_(data), owner_(std::move(owner)) {}
-  /// Takes a tensor over.
+  /// Takes a tensor over. A scalar that has no DType (a dual number) is stored as it is: dtype `native`.
   template <class T>
-  explicit AnyTensor(Tensor<T>&& tensor) : dtype_(dtype_of<T>), shape_(tensor.shape()) {
-    auto owner = std::make_shared<Tensor<T>>(std::move(tensor));
-    data_ = reinterpret_cast<const std::byte*>(owner->data());
-    owner_ = std::move(owner);
+  explicit AnyTensor(Tensor<T>&& tensor) : AnyTensor(std::make_shared<Tensor<T>>(std::move(tensor))) {}
+  /// Shares a tensor: who owns it may go on changing its elements (an optimiser does).
+  template <class T>
+  explicit AnyTensor(const std::shared_ptr<Tensor<T>>& tensor)
+      : dtype_(dtype_of<T>), shape_(tensor->shape()), data_(reinterpret_cast<const std::byte*>(tensor->data())), owner_(tensor) {
+    if constexpr (dtype_of<T> == DType::native) native_ = &detail::native_type<T>;
   }
 
   DType dtype() const { return dtype_; }
   const Shape& shape() const { return shape_; }
   const std::byte* data() const { return data_; }
   bool has_value() const { return data_ != nullptr; }
-  std::size_t bytes() const { return static_cast<std::size_t>(shape_.elements()) * dtype_size(dtype_); }
+  std::size_t bytes() const { return static_cast<std::size_t>(shape_.elements()) * (native_ ? native_->size : dtype_size(dtype_)); }
   const std::shared_ptr<const void>& owner() const { return owner_; }
 
   /// Element i in row-major order, converted. requires a floating dtype.
@@ -127,8 +141,14 @@ class AnyTensor {
   }
 
   /// Copies elements [begin, begin + count) in row-major order to `out`, converted to T (float, double, or a type made from double).
+  /// A tensor of dtype `native` is copied to its own scalar only.
   template <class T>
   void copy_to(T* out, std::int64_t begin, std::int64_t count) const {
+    if constexpr (dtype_of<T> == DType::native)
+      if (native_ == &detail::native_type<T>) {
+        std::memcpy(static_cast<void*>(out), data_ + static_cast<std::size_t>(begin) * sizeof(T), static_cast<std::size_t>(count) * sizeof(T));
+        return;
+      }
     if constexpr (std::is_same_v<T, float>) {
       const std::byte* source = data_ + static_cast<std::size_t>(begin) * dtype_size(dtype_);
       const auto n = static_cast<std::size_t>(count);

@@ -1,4 +1,4 @@
-// Keys and values in a backend's own layout, and attention over them.
+// Keys and values in a backend's own layout, attention over them, and the gradient of attention.
 // Floor: ops. May include: core, ops.
 #pragma once
 
@@ -34,6 +34,7 @@ namespace ops {
 struct PlanKeyValues;
 struct AppendKeyValues;
 struct Attention;
+struct AttentionBackward;
 
 /// Sizes of the buffers for `capacity` keys. The buffers must be zero-filled before first use.
 template <class B>
@@ -64,6 +65,25 @@ void attention(Context<B>& ctx, Matrix<const ScalarOf<B>> q, const KeyValues& kv
   require(keys <= kv.capacity && (keys > 0 || q.extent(0) == 0) && (!mask.causal || first + q.extent(0) <= keys), "m2lm::ops::attention: ",
           q.extent(0), " queries from position ", first, " over ", keys, " keys of ", kv.capacity);
   if (q.elements() != 0) Impl<Attention, B>::run(ctx, q, kv, keys, first, mask, scale, y);
+}
+
+/// dq, dk, dv = the gradients of q, k and v where y = attention of them has the gradient dy. One whole sequence: query t and key t
+/// stand at position t. The softmax is computed again; never more of the score matrix than a block per head is in memory.
+/// requires q, y, dy, dq [queries, heads·head_dim], k, v, dk, dv [keys, kv_heads·head_dim]; head h reads kv head h / (heads / kv_heads),
+/// so dk and dv are sums over its group; keys > 0; queries <= keys under a causal mask or a window; dq, dk, dv are overwritten and
+/// alias nothing; rows may be strided. ensures sums in an order that does not depend on threads.
+template <class B>
+void attention_backward(Context<B>& ctx, Matrix<const ScalarOf<B>> q, Matrix<const ScalarOf<B>> k, Matrix<const ScalarOf<B>> v,
+                        Matrix<const ScalarOf<B>> y, Matrix<const ScalarOf<B>> dy, std::int64_t head_dim, AttentionMask mask, double scale,
+                        Matrix<ScalarOf<B>> dq, Matrix<ScalarOf<B>> dk, Matrix<ScalarOf<B>> dv) {
+  require(head_dim > 0 && k.extent(1) > 0 && k.extent(1) % head_dim == 0 && q.extent(1) % k.extent(1) == 0 && k.shape() == v.shape(),
+          "m2lm::ops::attention_backward: q is ", q.shape().string(), ", k is ", k.shape().string(), ", v is ", v.shape().string(), ", head_dim ", head_dim);
+  require(y.shape() == q.shape() && dy.shape() == q.shape() && dq.shape() == q.shape() && dk.shape() == k.shape() && dv.shape() == v.shape(),
+          "m2lm::ops::attention_backward: q is ", q.shape().string(), ", y ", y.shape().string(), ", dy ", dy.shape().string(), ", dq ", dq.shape().string(),
+          ", k ", k.shape().string(), ", dk ", dk.shape().string(), ", dv ", dv.shape().string());
+  const bool ordered = mask.causal || mask.window > 0;
+  require(k.extent(0) > 0 && (!ordered || q.extent(0) <= k.extent(0)), "m2lm::ops::attention_backward: ", q.extent(0), " queries over ", k.extent(0), " keys");
+  Impl<AttentionBackward, B>::run(ctx, q, k, v, y, dy, head_dim, mask, scale, dq, dk, dv);
 }
 
 }  // namespace ops

@@ -1,4 +1,4 @@
-// Gathering rows of a table, and cutting a picture into patches.
+// Gathering rows of a table and adding to them, and cutting a picture into patches.
 // Floor: ops. May include: core, ops.
 #pragma once
 
@@ -11,6 +11,7 @@ namespace m2lm::ops {
 struct GatherRows;
 struct Patchify;
 struct AddRows;
+struct ScatterAddRows;
 
 /// y[i] = table[ids[i]]. requires table [rows, n] of a floating dtype, y [ids, n]. throws InputError for an id outside the table.
 template <class B>
@@ -38,6 +39,17 @@ template <class B>
 void add_rows(Context<B>& ctx, Matrix<ScalarOf<B>> x, Matrix<const ScalarOf<B>> addend) {
   require(x.shape() == addend.shape(), "m2lm::ops::add_rows: x is ", x.shape().string(), ", the addend ", addend.shape().string());
   Impl<AddRows, B>::run(ctx, x, addend);
+}
+
+/// table[ids[i]] += rows[i], in the order of i: the gradient of gather_rows. requires rows [ids, n], table [rows, n].
+/// throws InputError for an id outside the table.
+template <class B>
+void scatter_add_rows(Context<B>& ctx, Matrix<const ScalarOf<B>> rows, std::span<const std::int32_t> ids, Matrix<ScalarOf<B>> table) {
+  require(rows.extent(0) == static_cast<std::int64_t>(ids.size()) && rows.extent(1) == table.extent(1), "m2lm::ops::scatter_add_rows: table ",
+          table.shape().string(), ", ", ids.size(), " ids, rows ", rows.shape().string());
+  for (const std::int32_t id : ids)
+    require<InputError>(id >= 0 && id < table.extent(0), "m2lm: token id ", id, " is outside the embedding table of ", table.extent(0), " rows");
+  Impl<ScatterAddRows, B>::run(ctx, rows, ids, table);
 }
 
 }  // namespace m2lm::ops

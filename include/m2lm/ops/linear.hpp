@@ -2,14 +2,11 @@
 // Floor: ops. May include: core, ops.
 #pragma once
 
-#include <m2lm/ops/op.hpp>
+#include <m2lm/ops/activation.hpp>
 
 #include <span>
 
 namespace m2lm {
-
-/// Elementwise activations. gelu is the erf form; gelu_tanh is PyTorch's tanh approximation; quick_gelu(x) = x·sigmoid(1.702x).
-enum class Activation : std::uint8_t { none, relu, silu, gelu, gelu_tanh, quick_gelu };
 
 /// What happens to x·wᵀ before it is stored, in this order: + bias, activation, (gated: · second half), + residual.
 template <class S>
@@ -23,6 +20,8 @@ namespace ops {
 
 struct Pack;
 struct Linear;
+struct LinearInputGradient;
+struct LinearWeightGradient;
 
 /// Inputs of a weight: the product of its dimensions after the first.
 constexpr std::int64_t columns_of(const Shape& shape) {
@@ -61,6 +60,29 @@ void linear(Context<B>& ctx, Matrix<const ScalarOf<B>> x, const PackedMatrix& w,
           r.shape().string(), ", expected ", y.shape().string());
   if (y.elements() == 0) return;
   Impl<Linear, B>::run(ctx, x, w, epilogue, y);
+}
+
+/// dx = dy·w, or dx += dy·w: the gradient of the input of y = x·wᵀ. w is packed in any format the backend has, so a frozen and
+/// quantised weight passes gradients on too. requires dy [m,n], w [n,k] not gated, dx [m,k]; no aliases; rows may be strided.
+/// ensures bits that do not depend on m or threads.
+template <class B>
+void linear_input_gradient(Context<B>& ctx, Matrix<const ScalarOf<B>> dy, const PackedMatrix& w, Matrix<ScalarOf<B>> dx, bool accumulate = false) {
+  require(!w.gated, "m2lm::ops::linear_input_gradient: the weight was packed for inference (gated); prepare the layer in a context with a tape");
+  require(dy.extent(1) == w.rows && dx.extent(0) == dy.extent(0) && dx.extent(1) == w.cols, "m2lm::ops::linear_input_gradient: dy is ",
+          dy.shape().string(), ", dx is ", dx.shape().string(), ", the weight is ", Shape{w.rows, w.cols}.string());
+  if (dx.elements() != 0) Impl<LinearInputGradient, B>::run(ctx, dy, w, dx, accumulate);
+}
+
+/// dw += dyᵀ·x and, where db is not empty, db += Σ rows of dy: the gradients of weight and bias of y = x·wᵀ + bias.
+/// requires x [m,k], dy [m,n], dw [n,k] contiguous or empty, db [n] or empty; no aliases; rows of x and dy may be strided.
+/// ensures sums over the rows in ascending order: bits that do not depend on threads.
+template <class B>
+void linear_weight_gradient(Context<B>& ctx, Matrix<const ScalarOf<B>> x, Matrix<const ScalarOf<B>> dy, Matrix<ScalarOf<B>> dw, Vector<ScalarOf<B>> db) {
+  require(x.extent(0) == dy.extent(0) && (dw.data() == nullptr || (dw.extent(0) == dy.extent(1) && dw.extent(1) == x.extent(1) && dw.contiguous())) &&
+              (db.data() == nullptr || db.extent(0) == dy.extent(1)),
+          "m2lm::ops::linear_weight_gradient: x is ", x.shape().string(), ", dy is ", dy.shape().string(), ", dw is ", dw.shape().string(), ", db is ",
+          db.shape().string());
+  if (dy.elements() != 0) Impl<LinearWeightGradient, B>::run(ctx, x, dy, dw, db);
 }
 
 }  // namespace ops

@@ -10,12 +10,14 @@
 namespace m2lm {
 
 /// What a forward pass runs in: the backend, scratch memory, and the decoder's embedding table for the parts that look at it
-/// (alignment attention, visual words). A session owns the arena.
+/// (alignment attention, visual words). A session owns the arena. Training gives a tape too: what is prepared in a context with a
+/// tape is packed for training, and a forward pass that is given a `Saved` keeps there what its backward pass needs.
 template <class B>
 struct Context {
   B& backend;
   Arena& arena;
   const AnyTensor* embedding_table = nullptr;  ///< [vocabulary, hidden], or null where there is no decoder
+  Arena* tape = nullptr;                       ///< saved activations; null in inference
 };
 
 /// The scalar of a backend's activations: float on Cpu and Cuda, T on Reference<T>.

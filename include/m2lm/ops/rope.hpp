@@ -7,6 +7,7 @@
 namespace m2lm::ops {
 
 struct Rope;
+struct RopeBackward;
 
 /// Rotates each head of x in place: (a, b) → (a·cos − b·sin, b·cos + a·sin) with a = x[i], b = x[i + head_dim/2].
 /// requires x [tokens, heads·head_dim], cos and sin [tokens, head_dim/2], head_dim even. source: Su et al. 2021.
@@ -17,6 +18,15 @@ void rope(Context<B>& ctx, Matrix<ScalarOf<B>> x, std::int64_t head_dim, Matrix<
   require(cos.extent(0) == x.extent(0) && cos.extent(1) * 2 == head_dim && sin.shape() == cos.shape(), "m2lm::ops::rope: cos is ",
           cos.shape().string(), ", expected ", Shape{x.extent(0), head_dim / 2}.string());
   if (x.elements() != 0) Impl<Rope, B>::run(ctx, x, head_dim, cos, sin);
+}
+
+/// Turns the gradient of rope's output into that of its input, in place: the rotation by the negative angles. requires as rope.
+template <class B>
+void rope_backward(Context<B>& ctx, Matrix<ScalarOf<B>> dx, std::int64_t head_dim, Matrix<const ScalarOf<B>> cos, Matrix<const ScalarOf<B>> sin) {
+  require(head_dim > 0 && head_dim % 2 == 0 && dx.extent(1) % head_dim == 0, "m2lm::ops::rope_backward: dx is ", dx.shape().string(), ", head_dim ", head_dim);
+  require(cos.extent(0) == dx.extent(0) && cos.extent(1) * 2 == head_dim && sin.shape() == cos.shape(), "m2lm::ops::rope_backward: cos is ",
+          cos.shape().string(), ", expected ", Shape{dx.extent(0), head_dim / 2}.string());
+  if (dx.elements() != 0) Impl<RopeBackward, B>::run(ctx, dx, head_dim, cos, sin);
 }
 
 }  // namespace m2lm::ops
