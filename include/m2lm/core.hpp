@@ -6,6 +6,7 @@
 #include <m2lm/backends/reference/reference.hpp>
 #include <m2lm/config.hpp>
 #include <m2lm/core/arena.hpp>
+#include <m2lm/core/config_of.hpp>
 #include <m2lm/core/dtype.hpp>
 #include <m2lm/core/dual.hpp>
 #include <m2lm/core/error.hpp>
@@ -19,6 +20,7 @@
 #include <m2lm/core/threads.hpp>
 #include <m2lm/core/view.hpp>
 #include <m2lm/layers/attention.hpp>
+#include <m2lm/layers/cross_features.hpp>
 #include <m2lm/layers/embedding.hpp>
 #include <m2lm/layers/ffn.hpp>
 #include <m2lm/layers/kv_cache.hpp>

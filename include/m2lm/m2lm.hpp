@@ -14,6 +14,7 @@
 #include <m2lm/models/chat_template.hpp>
 #include <m2lm/models/generation.hpp>
 #include <m2lm/models/hf_config.hpp>
+#include <m2lm/models/insertion.hpp>
 #include <m2lm/models/loader.hpp>
 #include <m2lm/models/modality.hpp>
 #include <m2lm/models/model.hpp>

@@ -5,6 +5,8 @@
 #include <m2lm/core/dtype.hpp>
 #include <m2lm/core/view.hpp>
 
+#include <algorithm>
+#include <array>
 #include <cstddef>
 #include <cstring>
 #include <memory>
@@ -116,6 +118,18 @@ class AnyTensor {
   bool has_value() const { return data_ != nullptr; }
   std::size_t bytes() const { return static_cast<std::size_t>(shape_.elements()) * (native_ ? native_->size : dtype_size(dtype_)); }
   const std::shared_ptr<const void>& owner() const { return owner_; }
+
+  /// Rows [begin, end) of the first dimension; shares the bytes. throws ShapeError for rows that are not there.
+  AnyTensor rows(std::int64_t begin, std::int64_t end) const {
+    require(shape_.rank() >= 1 && 0 <= begin && begin <= end && end <= shape_[0], "m2lm::AnyTensor::rows(", begin, ", ", end, ") of ", shape_.string());
+    AnyTensor part = *this;
+    std::array<std::int64_t, max_rank> extents{};
+    std::copy_n(shape_.extents().begin(), shape_.rank(), extents.begin());
+    extents[0] = end - begin;
+    part.shape_ = Shape(std::span<const std::int64_t>(extents.data(), static_cast<std::size_t>(shape_.rank())));
+    if (shape_[0] > 0) part.data_ += bytes() / static_cast<std::size_t>(shape_[0]) * static_cast<std::size_t>(begin);
+    return part;
+  }
 
   /// Element i in row-major order, converted. requires a floating dtype.
   double at(std::int64_t i) const {

@@ -2,10 +2,12 @@
 // Floor: layers. May include: core, ops.
 #pragma once
 
+#include <m2lm/layers/cross_features.hpp>
 #include <m2lm/ops/attention.hpp>
 
 #include <cstdlib>
 #include <memory>
+#include <span>
 #include <vector>
 
 namespace m2lm {
@@ -55,6 +57,7 @@ struct SequenceRows {
   KvCache<B>* cache = nullptr;
   std::int64_t begin = 0;
   std::int64_t count = 0;
+  std::span<const CrossInstance<ScalarOf<B>>> media = {};  ///< for hooks: the instances in the sequence so far, in its order
 };
 
 }  // namespace m2lm

@@ -2,19 +2,20 @@
 // Floor: models. May include: core, ops, layers, parts, io, sampling.
 #pragma once
 
+#include <m2lm/core/config_of.hpp>
 #include <m2lm/core/fields.hpp>
 #include <m2lm/io/image.hpp>
 #include <m2lm/io/image_processor.hpp>
+#include <m2lm/layers/cross_features.hpp>
 #include <m2lm/models/hf_config.hpp>
+#include <m2lm/models/insertion.hpp>
 #include <m2lm/ops/op.hpp>
 
 #include <string>
 #include <string_view>
+#include <vector>
 
 namespace m2lm {
-
-/// Insertion: the placeholder "<name>" of the text becomes one row per output token of the instance (LLaVA).
-struct ExpandPlaceholder {};
 
 /// What happens to an input before its encoder sees it. The primary hands it on as it is; a user specialises it for a type.
 template <class Input>
@@ -40,21 +41,7 @@ struct Preprocessor<Image> {
   Tensor<float> operator()(const Image& image) const { return preprocess(image, config); }
 };
 
-/// The config of encoders that have none.
-struct NoConfig {};
-inline void read_config(const ConfigValue&, NoConfig&) {}
-
 namespace detail {
-
-template <class Encoder>
-struct EncoderConfigOf {
-  using type = NoConfig;
-};
-template <class Encoder>
-  requires requires { typename Encoder::Config; }
-struct EncoderConfigOf<Encoder> {
-  using type = typename Encoder::Config;
-};
 
 /// Canonical prefixes of a modality's parameters: LLaVA's for "image", the name otherwise.
 inline std::string encoder_prefix(std::string_view name) { return name == "image" ? "vision_tower" : std::string(name) + "_encoder"; }
@@ -62,19 +49,44 @@ inline std::string projector_prefix(std::string_view name) { return name == "ima
 
 }  // namespace detail
 
+/// What one instance gives to the decoder.
+template <class S>
+struct ModalityOutput {
+  Tensor<S> embeddings;                  ///< [rows, hidden] of the sequence; or
+  std::vector<std::int32_t> token_ids;   ///< ids of the decoder's own vocabulary
+  std::vector<FeatureLevel<S>> pyramid;  ///< what hooks of the decoder read, if the encoder gives it
+};
+
+/// Spec: there is nothing to project, as the encoder gives token ids.
+struct NoProjector {
+  template <class B, Precision P>
+  struct On {
+    explicit On(const ProjectorConfig&) {}
+    template <class V, class Self>
+    static void fields(V&&, Self&) {}
+    void prepare(Context<B>&, DType) {}
+  };
+};
+
 /// Spec of a component. An encoder has `Input`, optionally `Config` (read by read_config(root, config), found by argument-dependent
-/// lookup), and On<B, P> with width(), tokens(x), fields, prepare(ctx, dtype), forward(ctx, x, features) where x is the preprocessed
-/// input. A projector has On<B, P>(ProjectorConfig) with output_tokens(n), fields, prepare and forward(ctx, features, embeddings).
+/// lookup), and On<B, P> with fields, prepare(ctx, dtype) and either
+///  - width(), tokens(x) and forward(ctx, x, features), where x is the preprocessed input; with a fourth argument,
+///    std::vector<FeatureLevel<S>>& pyramid, it also leaves features for the decoder's hook; or
+///  - token_ids(ctx, x), with the insertion DiscreteTokens and NoProjector.
+/// A projector has On<B, P>(ProjectorConfig), or with a Config of its own On<B, P>(ProjectorConfig, Config), and output_tokens(n), fields, prepare and forward(ctx, features, embeddings).
 template <FixedString Name, class Encoder, class Projector, class Insertion = ExpandPlaceholder>
 struct Modality {
   static constexpr auto name = Name;
   using Input = typename Encoder::Input;
-  using EncoderConfig = typename detail::EncoderConfigOf<Encoder>::type;
-  static_assert(std::is_same_v<Insertion, ExpandPlaceholder>, "m2lm::Modality: this insertion is not supported; use ExpandPlaceholder");
+  using EncoderConfig = ConfigOf<Encoder>;
+  using InsertionPolicy = Insertion;
+  static_assert(detail::InsertionPolicy<Insertion>,
+                "m2lm::Modality: the insertion is one of ExpandPlaceholder, PlaceholderRun, PrefixAfterBos<…> and DiscreteTokens<…>");
 
   template <class B, Precision P>
   struct On {
     using S = ScalarOf<B>;
+    static constexpr bool discrete = Insertion::kind == InsertionKind::discrete_tokens;
     typename Encoder::template On<B, P> encoder;
     typename Projector::template On<B, P> projector;
     Preprocessor<Input> preprocessor;
@@ -92,16 +104,24 @@ struct Modality {
       encoder.prepare(ctx, precision.resolve(precision.encoders));
       projector.prepare(ctx, precision.resolve(precision.projectors));
     }
-    /// The embeddings of one instance: [tokens, hidden].
-    Tensor<S> encode(Context<B>& ctx, const Input& input, std::int64_t hidden_size) const {
+    /// What the decoder sees of one instance.
+    ModalityOutput<S> encode(Context<B>& ctx, const Input& input, [[maybe_unused]] std::int64_t hidden_size) const {
       const auto& x = preprocessor(input);
       const Arena::Scope scope(ctx.arena);
-      const std::int64_t tokens = encoder.tokens(x);
-      const Matrix<S> features = ctx.arena.template matrix<S>(tokens, encoder.width());
-      encoder.forward(ctx, x, features);
-      Tensor<S> embeddings(Shape{projector.output_tokens(tokens), hidden_size});
-      projector.forward(ctx, features, embeddings.template view<2>());
-      return embeddings;
+      ModalityOutput<S> out;
+      if constexpr (discrete) {
+        out.token_ids = encoder.token_ids(ctx, x);
+      } else {
+        const std::int64_t tokens = encoder.tokens(x);
+        const Matrix<S> features = ctx.arena.template matrix<S>(tokens, encoder.width());
+        if constexpr (requires { encoder.forward(ctx, x, features, out.pyramid); })
+          encoder.forward(ctx, x, features, out.pyramid);
+        else
+          encoder.forward(ctx, x, features);
+        out.embeddings = Tensor<S>(Shape{projector.output_tokens(tokens), hidden_size});
+        projector.forward(ctx, features, out.embeddings.template view<2>());
+      }
+      return out;
     }
 
    private:
@@ -116,14 +136,27 @@ struct Modality {
       else
         return typename Encoder::template On<B, P>(config);
     }
-    static ProjectorConfig projector_config(const ConfigValue& root, std::int64_t input_width, std::int64_t output_width) {
-      ProjectorConfig config{.input_width = input_width, .output_width = output_width};
-      read_config(root, config);
-      return config;
+    static std::int64_t width_of([[maybe_unused]] const typename Encoder::template On<B, P>& e) {
+      if constexpr (discrete)
+        return 0;
+      else
+        return e.width();
+    }
+    static auto make_projector(const ConfigValue& root, std::int64_t input_width, std::int64_t output_width) {
+      using ProjectorOn = typename Projector::template On<B, P>;
+      ProjectorConfig widths{.input_width = input_width, .output_width = output_width};
+      read_config(root, widths);
+      if constexpr (std::is_same_v<ConfigOf<Projector>, NoConfig>) {
+        return ProjectorOn(widths);
+      } else {
+        ConfigOf<Projector> config{};
+        read_config(root, config);
+        return ProjectorOn(widths, config);
+      }
     }
     On(const EncoderConfig& config, const ConfigValue& root, std::string_view directory, std::int64_t hidden_size)
         : encoder(make_encoder(config)),
-          projector(projector_config(root, encoder.width(), hidden_size)),
+          projector(make_projector(root, width_of(encoder), hidden_size)),
           preprocessor(Preprocessor<Input>::from_directory(directory, config)) {}
   };
 };
@@ -133,6 +166,7 @@ template <class Component, Precision P>
 struct With {
   static constexpr auto name = Component::name;
   using Input = typename Component::Input;
+  using InsertionPolicy = typename Component::InsertionPolicy;
 
   template <class B, Precision>
   struct On : Component::template On<B, P> {

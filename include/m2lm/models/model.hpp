@@ -47,6 +47,7 @@ struct ModelFiles {
   std::string tokenizer_error;
   const ChatTemplate* chat_template = nullptr;
   std::vector<std::int32_t> stop_tokens;
+  std::optional<std::int32_t> bos;
 };
 ModelFiles open_model_files(std::string_view directory, std::string_view template_name);
 
@@ -64,7 +65,22 @@ struct ModelAccess {
   }
 };
 
-std::optional<std::int32_t> placeholder_id(const ModelFiles& files, std::string_view component);
+/// The tokens of component `index`: config.json's NAME_token_index (or NAME_token_id), NAME_begin_token_id and NAME_end_token_id, else
+/// the tokenizer's "<NAME>", `before` and `after`. A placeholder that is no token gets the id -1 - index.
+/// throws CheckpointError when there is no token for `before` or `after`.
+ComponentTokens component_tokens(const ModelFiles& files, std::string_view name, std::size_t index, InsertionKind insertion, std::string_view before,
+                                 std::string_view after);
+
+/// Ids of a text in which the placeholders that are no tokens stand too: the text between them is tokenized piece by piece.
+std::vector<std::int32_t> encode_text(const Tokenizer& tokenizer, std::string_view text, bool add_bos, std::span<const ComponentTokens> components);
+
+/// What one attached instance became.
+template <class S>
+struct EncodedMedia {
+  Tensor<S> rows;                                ///< [rows, hidden]
+  std::vector<std::int32_t> token_ids;           ///< instead of rows
+  std::shared_ptr<const CrossFeatures<S>> cross; ///< null where the encoder leaves none
+};
 
 }  // namespace detail
 
@@ -98,9 +114,12 @@ class Model {
 
   /// The ids that the decoder sees, one placeholder id per row of media.
   std::vector<std::int32_t> input_ids(const PromptType& prompt) const;
-  /// What the decoder sees of one input of a component: [tokens, hidden].
+  /// What the decoder sees of one input of a component: [tokens, hidden], or, of one that enters as discrete tokens, their ids.
   template <FixedString Name, class Input>
-  Tensor<Scalar> encode(const Input& input) const;
+  auto encode(const Input& input) const;
+  /// The id that stands for a component's instances in token ids; negative, and outside the vocabulary, where the checkpoint has none.
+  template <FixedString Name>
+  std::int32_t placeholder_id() const;
   /// Logits of every position: [tokens, vocabulary].
   Tensor<Scalar> logits(const PromptType& prompt) const;
   /// The same for several prompts in one batch; bit-equal to one at a time.
@@ -132,24 +151,34 @@ class Model {
     Precision precision;
     DecoderOn decoder;
     std::tuple<typename Component::template On<B, P>...> component;
+    std::vector<detail::ComponentTokens> tokens;  // of each component
     LoadReport report;
 
     State(B b, detail::ModelFiles f, const Precision& p);
   };
   struct Embedded {
     detail::TokenSequence sequence;
-    std::vector<std::vector<Tensor<Scalar>>> media;  // [component][instance]
+    std::vector<std::vector<detail::EncodedMedia<Scalar>>> media;  // [component][instance]
+
+    /// What hooks of the decoder read, with the sequence beginning at position `first`.
+    std::vector<CrossInstance<Scalar>> cross_instances(std::int64_t first) const {
+      std::vector<CrossInstance<Scalar>> out;
+      for (const detail::MediaSpan& span : sequence.media)
+        if (const auto& cross = media[span.component][span.instance].cross) out.push_back({cross, first + span.begin, span.rows});
+      return out;
+    }
   };
 
   std::shared_ptr<State> state_;
 
-  static LlamaConfig read_decoder_config(const ConfigValue& root);
+  static typename Decoder::Config read_decoder_config(const ConfigValue& root);
   static Model load(detail::ModelFiles files, B backend, const LoadOptions& options);
   template <class F>
   void for_each_component(F&& f) const;
   Model() = default;
   const ChatTemplate& template_of(const PromptType& prompt) const;
-  std::vector<std::int32_t> prompt_ids(const PromptType& prompt) const;
+  std::vector<std::int32_t> encode_text(std::string_view text, bool add_bos) const;
+  std::vector<std::int32_t> prompt_ids(const PromptType& prompt, bool first = true) const;
   Embedded embed_media(Context<B>& ctx, const PromptType& prompt, std::vector<std::int32_t> ids) const;
   void embed(Context<B>& ctx, const Embedded& embedded, std::int64_t begin, Matrix<Scalar> h) const;
   DType cache_format() const { return state_->precision.resolve(state_->precision.kv_cache); }
@@ -159,7 +188,7 @@ class Model {
 // Members are defined out of class: only then does `extern template class` keep their bodies from being instantiated.
 
 template <class B, Precision P, class D, class... C>
-LlamaConfig Model<B, P, D, C...>::read_decoder_config(const ConfigValue& root) {
+typename D::Config Model<B, P, D, C...>::read_decoder_config(const ConfigValue& root) {
   typename D::Config config{};
   read_config(root, config);
   return config;
@@ -171,7 +200,11 @@ Model<B, P, D, C...>::State::State(B b, detail::ModelFiles f, const Precision& p
       files(std::move(f)),
       precision(p),
       decoder(read_decoder_config(files.config)),
-      component(typename C::template On<B, P>(files.config, files.directory, decoder.config().hidden_size)...) {}
+      component(typename C::template On<B, P>(files.config, files.directory, decoder.config().hidden_size)...) {
+  (tokens.push_back(detail::component_tokens(files, C::name.view(), tokens.size(), C::InsertionPolicy::kind, C::InsertionPolicy::before,
+                                             C::InsertionPolicy::after)),
+   ...);
+}
 
 template <class B, Precision P, class D, class... C>
 Model<B, P, D, C...> Model<B, P, D, C...>::from_pretrained(std::string_view directory, B backend, const LoadOptions& options) {
@@ -294,43 +327,55 @@ const ChatTemplate& Model<B, P, D, C...>::template_of(const PromptType& prompt) 
 }
 
 template <class B, Precision P, class D, class... C>
-std::vector<std::int32_t> Model<B, P, D, C...>::prompt_ids(const PromptType& prompt) const {
+std::vector<std::int32_t> Model<B, P, D, C...>::encode_text(std::string_view text, bool add_bos) const {
+  return detail::encode_text(tokenizer(), text, add_bos, state_->tokens);
+}
+
+template <class B, Precision P, class D, class... C>
+std::vector<std::int32_t> Model<B, P, D, C...>::prompt_ids(const PromptType& prompt, bool first) const {
   if (prompt.form == PromptForm::ids) return prompt.ids;
-  if (prompt.form == PromptForm::raw) return tokenizer().encode(prompt.text, true);
+  if (prompt.form == PromptForm::raw) return encode_text(prompt.text, first);
   const ChatTemplate& format = template_of(prompt);
   std::vector<Message> messages;
   if (!prompt.system.empty()) messages.push_back({Role::system, prompt.system});
   messages.push_back({Role::user, prompt.text});
-  return tokenizer().encode(render(format, messages), format.add_bos);
+  return encode_text(render(format, messages), first && format.add_bos);
 }
 
 template <class B, Precision P, class D, class... C>
 auto Model<B, P, D, C...>::embed_media(Context<B>& ctx, const PromptType& prompt, std::vector<std::int32_t> ids) const -> Embedded {
   Embedded out;
-  std::vector<detail::PlaceholderUse> uses;
+  std::vector<detail::ComponentInstances> uses;
   for_each_component([&](auto index, const auto& component, std::string_view name) {
-    detail::PlaceholderUse use{.name = name, .id = detail::placeholder_id(state_->files, name), .rows = {}};
-    std::vector<Tensor<Scalar>> instances;
+    detail::ComponentInstances use{.tokens = state_->tokens[index()], .rows = {}, .token_ids = {}};
+    std::vector<detail::EncodedMedia<Scalar>> instances;
     const std::int64_t hidden = decoder_config().hidden_size;
     for (const auto& attachment : std::get<index()>(prompt.attachments)) {
+      detail::EncodedMedia<Scalar> media;
       if (const AnyTensor* given = std::get_if<1>(&attachment)) {
+        require<InputError>(use.tokens.insertion != InsertionKind::discrete_tokens, "m2lm: <", name, "> enters as token ids; embeddings cannot be attached to it");
         require<InputError>(given->has_value() && given->shape().rank() == 2 && given->shape()[1] == hidden, "m2lm: the embeddings attached to <", name,
                             "> are ", given->shape().string(), ", expected [tokens, ", hidden, "]");
-        instances.push_back(given->template to<Scalar>());
+        media.rows = given->template to<Scalar>();
         const auto is_finite = [](Scalar x) { return x - x == Scalar(0); };
-        const std::span<const Scalar> values = instances.back().span();
+        const std::span<const Scalar> values = media.rows.span();
         const auto bad = std::find_if_not(values.begin(), values.end(), is_finite) - values.begin();
         require<InputError>(bad == static_cast<std::ptrdiff_t>(values.size()), "m2lm: the embeddings attached to <", name, "> hold NaN or infinity in row ",
                             bad / std::max<std::int64_t>(1, hidden));
       } else {
-        instances.push_back(component.encode(ctx, std::get<0>(attachment), hidden));
+        ModalityOutput<Scalar> encoded = component.encode(ctx, std::get<0>(attachment), hidden);
+        media.rows = std::move(encoded.embeddings);
+        media.token_ids = std::move(encoded.token_ids);
+        if (!encoded.pyramid.empty()) media.cross = state_->decoder.cross_features(ctx, std::move(encoded.pyramid));
       }
-      use.rows.push_back(instances.back().shape()[0]);
+      use.rows.push_back(media.rows.shape().rank() == 2 ? media.rows.shape()[0] : 0);
+      use.token_ids.push_back(media.token_ids);
+      instances.push_back(std::move(media));
     }
     uses.push_back(std::move(use));
     out.media.push_back(std::move(instances));
   });
-  out.sequence = detail::expand_placeholders(ids, prompt.form == PromptForm::ids, uses);
+  out.sequence = detail::lay_out(ids, prompt.form == PromptForm::ids, state_->files.bos, uses);
   require<InputError>(!out.sequence.ids.empty(), "m2lm: the prompt has no tokens");
   return out;
 }
@@ -349,7 +394,7 @@ void Model<B, P, D, C...>::embed(Context<B>& ctx, const Embedded& embedded, std:
     const std::int64_t from = std::max(span.begin, begin), to = std::min(span.begin + span.rows, end);
     if (from >= to) continue;
     text_until(from);
-    const Tensor<Scalar>& rows = embedded.media[span.component][M2LM_FAULT(28) ? 0 : span.instance];
+    const Tensor<Scalar>& rows = embedded.media[span.component][M2LM_FAULT(28) ? 0 : span.instance].rows;
     const auto source = rows.template view<2>();
     for (std::int64_t i = from; i < to; ++i) std::copy_n(source.row(i - span.begin), h.extent(1), h.row(i - begin));
     at = to;
@@ -366,12 +411,24 @@ std::vector<std::int32_t> Model<B, P, D, C...>::input_ids(const PromptType& prom
 
 template <class B, Precision P, class D, class... C>
 template <FixedString Name, class Input>
-auto Model<B, P, D, C...>::encode(const Input& input) const -> Tensor<Scalar> {
+auto Model<B, P, D, C...>::encode(const Input& input) const {
   constexpr std::size_t index = detail::component_index<Name, C...>();
   static_assert(index < sizeof...(C), "m2lm::Model::encode<name>: this model has no component of that name");
   Arena arena;
   Context<B> ctx{state_->backend, arena, &state_->decoder.embed_tokens.weight.value};
-  return std::get<index>(state_->component).encode(ctx, input, decoder_config().hidden_size);
+  ModalityOutput<Scalar> out = std::get<index>(state_->component).encode(ctx, input, decoder_config().hidden_size);
+  if constexpr (std::tuple_element_t<index, std::tuple<C...>>::InsertionPolicy::kind == InsertionKind::discrete_tokens)
+    return std::move(out.token_ids);
+  else
+    return std::move(out.embeddings);
+}
+
+template <class B, Precision P, class D, class... C>
+template <FixedString Name>
+std::int32_t Model<B, P, D, C...>::placeholder_id() const {
+  constexpr std::size_t index = detail::component_index<Name, C...>();
+  static_assert(index < sizeof...(C), "m2lm::Model::placeholder_id<name>: this model has no component of that name");
+  return state_->tokens[index].placeholder;
 }
 
 template <class B, Precision P, class D, class... C>
@@ -396,11 +453,14 @@ auto Model<B, P, D, C...>::logits(std::span<const PromptType> prompts) const -> 
   const Arena::Scope scope(arena);
   const Matrix<Scalar> h = arena.matrix<Scalar>(rows, config.hidden_size);
   std::vector<SequenceRows<B>> sequences;
+  std::vector<std::vector<CrossInstance<Scalar>>> media;
+  media.reserve(prompts.size());
   std::int64_t row = 0;
   for (std::size_t i = 0; i < prompts.size(); ++i) {
     const std::int64_t count = caches[i].capacity();
     embed(ctx, embedded[i], 0, h.rows(row, row + count));
-    sequences.push_back({&caches[i], row, count});
+    media.push_back(embedded[i].cross_instances(0));
+    sequences.push_back({&caches[i], row, count, media.back()});
     row += count;
   }
   state_->decoder.forward(ctx, h, sequences);
@@ -433,7 +493,8 @@ auto Model<B, P, D, C...>::hidden_states(const PromptType& prompt, std::span<con
   Tensor<Scalar> h(Shape{tokens, config.hidden_size});
   embed(ctx, embedded, 0, h.template view<2>());
   std::vector<Tensor<Scalar>> all(static_cast<std::size_t>(config.num_layers) + 1);
-  const SequenceRows<B> rows{&cache, 0, tokens};
+  const std::vector<CrossInstance<Scalar>> media = embedded.cross_instances(0);
+  const SequenceRows<B> rows{&cache, 0, tokens, media};
   state_->decoder.forward(ctx, h.template view<2>(), std::span<const SequenceRows<B>>(&rows, 1), [&](std::int64_t layer, Matrix<const Scalar> state) {
     if (std::find(wanted.begin(), wanted.end(), layer) == wanted.end()) return;
     Tensor<Scalar>& copy = all[static_cast<std::size_t>(layer)];

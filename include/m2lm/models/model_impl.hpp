@@ -64,6 +64,8 @@ M2LM_IMPL void describe_model_files(ModelFiles& out, std::string_view directory,
   }
   out.stop_tokens = read_stop_tokens(directory, out.config);
   if (out.stop_tokens.empty() && out.tokenizer && out.tokenizer->eos()) out.stop_tokens.push_back(*out.tokenizer->eos());
+  if (out.tokenizer) out.bos = out.tokenizer->bos();
+  if (!out.bos && out.config.has_value("bos_token_id")) out.bos = out.config.get<std::int32_t>("bos_token_id");
   if (!template_name.empty()) {
     out.chat_template = &chat_template(template_name);
     return;
@@ -109,13 +111,58 @@ M2LM_IMPL void require_memory(std::string_view directory, std::size_t needed, st
                          dtype_name(format), ", but ", available >> 20, " MiB are available; choose a smaller precision or free memory");
 }
 
-M2LM_IMPL std::optional<std::int32_t> placeholder_id(const ModelFiles& files, std::string_view component) {
-  for (const char* suffix : {"_token_index", "_token_id"}) {
-    const std::string key = concat(component, suffix);
-    if (files.config.has_value(key)) return files.config.get<std::int32_t>(key);
+M2LM_IMPL ComponentTokens component_tokens(const ModelFiles& files, std::string_view name, std::size_t index, InsertionKind insertion, std::string_view before,
+                                           std::string_view after) {
+  const auto configured = [&](std::initializer_list<const char*> suffixes) -> std::optional<std::int32_t> {
+    for (const char* suffix : suffixes) {
+      const std::string key = concat(name, suffix);
+      if (files.config.has_value(key)) return files.config.get<std::int32_t>(key);
+    }
+    return std::nullopt;
+  };
+  const auto delimiter = [&](std::string_view text, const char* suffix) -> std::optional<std::int32_t> {
+    if (text.empty()) return std::nullopt;
+    std::optional<std::int32_t> id = configured({suffix});
+    if (!id && files.tokenizer) id = files.tokenizer->token_id(text);
+    require<CheckpointError>(id.has_value(), "m2lm: ", files.directory, " has no token \"", text, "\", which stands beside every <", name,
+                             ">: neither config.json (", name, suffix, ") nor the tokenizer names one");
+    return id;
+  };
+  ComponentTokens out{.name = name, .insertion = insertion, .placeholder = -1 - static_cast<std::int32_t>(index), .before = {}, .after = {}};
+  out.before = delimiter(before, "_begin_token_id");
+  out.after = delimiter(after, "_end_token_id");
+  if (insertion == InsertionKind::prefix_after_bos) return out;  // nothing in the text stands for an instance
+  std::optional<std::int32_t> id = configured({"_token_index", "_token_id"});
+  if (!id && files.tokenizer) id = files.tokenizer->token_id(concat("<", name, ">"));
+  if (id) out.placeholder = *id;
+  return out;
+}
+
+M2LM_IMPL std::vector<std::int32_t> encode_text(const Tokenizer& tokenizer, std::string_view text, bool add_bos, std::span<const ComponentTokens> components) {
+  std::vector<std::int32_t> out;
+  const auto append = [&](std::string_view piece) {
+    if (piece.empty() && !add_bos) return;
+    const std::vector<std::int32_t> ids = tokenizer.encode(piece, add_bos);
+    out.insert(out.end(), ids.begin(), ids.end());
+    add_bos = false;
+  };
+  while (true) {
+    std::size_t first = std::string_view::npos, length = 0;
+    std::int32_t id = 0;
+    for (const ComponentTokens& c : components) {
+      if (c.placeholder >= 0 || c.insertion == InsertionKind::prefix_after_bos) continue;
+      const std::string mark = concat("<", c.name, ">");
+      const std::size_t at = text.find(mark);
+      if (at >= first) continue;
+      first = at;
+      length = mark.size();
+      id = c.placeholder;
+    }
+    append(text.substr(0, first));
+    if (first == std::string_view::npos) return out;
+    out.push_back(id);
+    text.remove_prefix(first + length);
   }
-  if (files.tokenizer) return files.tokenizer->token_id(concat("<", component, ">"));
-  return std::nullopt;
 }
 
 }  // namespace m2lm::detail

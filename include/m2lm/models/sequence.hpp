@@ -2,6 +2,8 @@
 // Floor: models. May include: core.
 #pragma once
 
+#include <m2lm/models/insertion.hpp>
+
 #include <cstddef>
 #include <cstdint>
 #include <optional>
@@ -29,12 +31,23 @@ struct TokenSequence {
   }
 };
 
-struct PlaceholderUse {
-  std::string_view name;                ///< component's name
-  std::optional<std::int32_t> id;       ///< of "<name>"
-  std::vector<std::int64_t> rows;       ///< per attached instance
+/// What a component needs in every prompt: its placeholder's id, and the tokens around its instances.
+struct ComponentTokens {
+  std::string_view name;
+  InsertionKind insertion = InsertionKind::expand_placeholder;
+  std::int32_t placeholder = -1;            ///< negative, and not in the vocabulary, where "<name>" is no token of the checkpoint
+  std::optional<std::int32_t> before, after;
 };
-/// Lets each placeholder stand for its instance. throws InputError: a placeholder without an attachment, or the reverse.
-TokenSequence expand_placeholders(std::span<const std::int32_t> ids, bool expanded, std::span<const PlaceholderUse> components);
+
+/// The instances that a prompt attaches to a component.
+struct ComponentInstances {
+  ComponentTokens tokens{};
+  std::vector<std::int64_t> rows;                     ///< per instance
+  std::vector<std::vector<std::int32_t>> token_ids;   ///< per instance; discrete_tokens only
+};
+
+/// Puts the instances where their insertion says. `given_ids`: the ids may be expanded already. `bos`: the token that prefixes stand
+/// behind. throws InputError: a placeholder without an attachment, or the reverse.
+TokenSequence lay_out(std::span<const std::int32_t> ids, bool given_ids, std::optional<std::int32_t> bos, std::span<const ComponentInstances> components);
 
 }  // namespace m2lm::detail

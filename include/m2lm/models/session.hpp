@@ -41,12 +41,13 @@ class BasicSession {
   std::vector<std::int32_t> history_;  // ids at the cached positions
   std::vector<std::int32_t> pending_;  // chosen, but not yet seen by the decoder
   bool chatting_ = false;              // the cache begins with a rendered chat
+  std::vector<CrossInstance<S>> media_;  // in the cached positions, for hooks of the decoder
 
   /// Puts a session back where it stood, unless `done`.
   struct Restore {
     BasicSession& session;
     std::int64_t length = session.cache_.length();
-    std::size_t ids = session.history_.size();
+    std::size_t ids = session.history_.size(), media = session.media_.size();
     std::vector<std::int32_t> pending = session.pending_;
     Rng rng = session.rng_;
     bool seeded = session.seeded_, chatting = session.chatting_, done = false;
@@ -55,6 +56,7 @@ class BasicSession {
       if (done) return;
       session.cache_.truncate(length);
       session.history_.resize(ids);
+      session.media_.resize(media);
       session.pending_ = std::move(pending);
       session.rng_ = rng;
       session.seeded_ = seeded;
@@ -113,9 +115,9 @@ Generation BasicSession<M>::generate(const typename M::PromptType& prompt, const
     // An end token that the model chose is not in the cache yet; the template says whether one stands between turns.
     const auto& ends = state.files.stop_tokens;
     if (!pending_.empty() && std::find(ends.begin(), ends.end(), pending_.back()) != ends.end()) pending_.clear();
-    ids = model_.tokenizer().encode(render_continuation(format, prompt.text, false), false);
+    ids = model_.encode_text(render_continuation(format, prompt.text, false), false);
   } else {
-    ids = model_.prompt_ids(prompt);
+    ids = model_.prompt_ids(prompt, cache_.length() == 0);
   }
   auto start = Clock::now();
   typename M::Embedded embedded = model_.embed_media(ctx, prompt, std::move(ids));
@@ -126,6 +128,8 @@ Generation BasicSession<M>::generate(const typename M::PromptType& prompt, const
   require<CapacityError>(cache_.length() + tokens <= cache_.capacity(), "m2lm: the prompt needs ", cache_.length() + tokens, " positions (", cache_.length(),
                          " used, ", tokens, " new), the context holds ", cache_.capacity());
 
+  for (CrossInstance<S>& instance : embedded.cross_instances(cache_.length())) media_.push_back(std::move(instance));
+
   // Prefill in pieces of fixed size; each result is the same as at once.
   start = Clock::now();
   constexpr std::int64_t piece = 512;
@@ -135,7 +139,7 @@ Generation BasicSession<M>::generate(const typename M::PromptType& prompt, const
     const Arena::Scope scope(arena_);
     const Matrix<S> h = arena_.template matrix<S>(count, config.hidden_size);
     model_.embed(ctx, embedded, begin, h);
-    const SequenceRows<B> rows{&cache_, 0, count};
+    const SequenceRows<B> rows{&cache_, 0, count, media_};
     state.decoder.forward(ctx, h, std::span<const SequenceRows<B>>(&rows, 1));
     if (begin + count == tokens) std::copy_n(h.row(count - 1), config.hidden_size, last_hidden.data());
   }
@@ -179,7 +183,7 @@ Generation BasicSession<M>::generate(const typename M::PromptType& prompt, const
                              cache_.capacity());
       const Matrix<S> h = last_hidden.template view<2>();
       state.decoder.embed_tokens.forward(ctx, pending_, h);
-      const SequenceRows<B> rows{&cache_, 0, 1};
+      const SequenceRows<B> rows{&cache_, 0, 1, media_};
       state.decoder.forward(ctx, h, std::span<const SequenceRows<B>>(&rows, 1));
       history_.push_back(pending_.front());
       pending_.clear();

@@ -29,6 +29,13 @@ struct AttentionMask {
   friend constexpr bool operator==(const AttentionMask&, const AttentionMask&) = default;
 };
 
+/// Extra terms in the softmax of every query and head. (A learned key and value, add_bias_kv of torch.nn.MultiheadAttention, needs
+/// none: it is one more row of the keys and values.)
+struct Sinks {
+  bool zero_logit = false;  ///< one more logit of 0, whose value is 0 (add_zero_attn; the softmax-off-by-one of MMFS)
+  friend constexpr bool operator==(const Sinks&, const Sinks&) = default;
+};
+
 namespace ops {
 
 struct PlanKeyValues;
@@ -55,16 +62,16 @@ void append_key_values(Context<B>& ctx, Matrix<const ScalarOf<B>> k, Matrix<cons
 
 /// y = softmax(scale · q·kᵀ + mask)·v per head, softmax in f32 or better. Query t stands at position first + t; keys
 /// [0, keys) are stored. requires q, y [tokens, heads·head_dim], heads a multiple of kv_heads (head h reads kv head
-/// h / (heads / kv_heads)), every query sees a key; y does not alias q. Never writes the whole score matrix. Keys are visited
+/// h / (heads / kv_heads)); every query sees a key, or there is a sink; y does not alias q. Never writes the whole score matrix. Keys are visited
 /// in blocks of fixed size from 0 on, so the bits do not depend on how queries are grouped into calls.
 template <class B>
 void attention(Context<B>& ctx, Matrix<const ScalarOf<B>> q, const KeyValues& kv, std::int64_t keys, std::int64_t first, AttentionMask mask,
-               double scale, Matrix<ScalarOf<B>> y) {
+               double scale, Matrix<ScalarOf<B>> y, Sinks sinks = {}) {
   require(q.shape() == y.shape() && q.extent(1) % (kv.kv_heads * kv.head_dim) == 0, "m2lm::ops::attention: q is ", q.shape().string(), ", y is ",
           y.shape().string(), ", keys have ", kv.kv_heads, " heads of ", kv.head_dim);
-  require(keys <= kv.capacity && (keys > 0 || q.extent(0) == 0) && (!mask.causal || first + q.extent(0) <= keys), "m2lm::ops::attention: ",
+  require(keys <= kv.capacity && (keys > 0 || q.extent(0) == 0 || sinks.zero_logit) && (!mask.causal || first + q.extent(0) <= keys), "m2lm::ops::attention: ",
           q.extent(0), " queries from position ", first, " over ", keys, " keys of ", kv.capacity);
-  if (q.elements() != 0) Impl<Attention, B>::run(ctx, q, kv, keys, first, mask, scale, y);
+  if (q.elements() != 0) Impl<Attention, B>::run(ctx, q, kv, keys, first, mask, scale, y, sinks);
 }
 
 /// dq, dk, dv = the gradients of q, k and v where y = attention of them has the gradient dy. One whole sequence: query t and key t

@@ -54,7 +54,7 @@ PackedMatrix cpu_pack(const Cpu& cpu, std::span<const AnyTensor> sources, DType 
 void cpu_linear(const Cpu& cpu, Arena& arena, Matrix<const float> x, const PackedMatrix& w, const Epilogue<float>& epilogue, Matrix<float> y);
 void cpu_append_key_values(const Cpu& cpu, Matrix<const float> k, Matrix<const float> v, std::int64_t first, const KeyValues& kv);
 void cpu_attention(const Cpu& cpu, Arena& arena, Matrix<const float> q, const KeyValues& kv, std::int64_t keys, std::int64_t first,
-                   AttentionMask mask, double scale, Matrix<float> y);
+                   AttentionMask mask, double scale, Matrix<float> y, Sinks sinks);
 KeyValuesPlan cpu_plan_key_values(DType format, std::int64_t kv_heads, std::int64_t head_dim, std::int64_t capacity);
 void cpu_patchify(View<const float, 3> pixels, std::int64_t patch, Matrix<float> y);
 /// Calls f(row) for every row, on all threads where there is enough to do.
@@ -123,8 +123,8 @@ struct Impl<AppendKeyValues, Cpu> {
 template <>
 struct Impl<Attention, Cpu> {
   static void run(Context<Cpu>& ctx, Matrix<const float> q, const KeyValues& kv, std::int64_t keys, std::int64_t first, AttentionMask mask,
-                  double scale, Matrix<float> y) {
-    detail::cpu_attention(ctx.backend, ctx.arena, q, kv, keys, first, mask, scale, y);
+                  double scale, Matrix<float> y, Sinks sinks) {
+    detail::cpu_attention(ctx.backend, ctx.arena, q, kv, keys, first, mask, scale, y, sinks);
   }
 };
 

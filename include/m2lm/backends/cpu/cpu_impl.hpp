@@ -146,13 +146,13 @@ M2LM_IMPL void cpu_append_key_values(const Cpu& cpu, Matrix<const float> k, Matr
 }
 
 M2LM_IMPL void cpu_attention(const Cpu& cpu, Arena& arena, Matrix<const float> q, const KeyValues& kv, std::int64_t keys, std::int64_t first,
-                             AttentionMask mask, double scale, Matrix<float> y) {
+                             AttentionMask mask, double scale, Matrix<float> y, Sinks sinks) {
   const FormatKernels& kernels = cpu_format(cpu, kv.format);
   const Arena::Scope scope(arena);
   const int parts = cpu.threads();
   const AttentionJob job{.q = q.data(), .ldq = q.stride(0), .keys_data = kv.keys, .values_data = kv.values, .tokens = q.extent(0),
                          .heads = q.extent(1) / kv.head_dim, .kv_heads = kv.kv_heads, .head_dim = kv.head_dim, .capacity = kv.capacity,
-                         .keys = keys, .first = first, .mask = mask, .scale = static_cast<float>(scale), .y = y.data(), .ldy = y.stride(0)};
+                         .keys = keys, .first = first, .mask = mask, .sinks = sinks, .scale = static_cast<float>(scale), .y = y.data(), .ldy = y.stride(0)};
   const std::size_t scratch_bytes = kernels.attention_scratch(kv.head_dim);
   std::byte* scratch = arena.take<std::byte>(static_cast<std::int64_t>(scratch_bytes) * parts);
   constexpr std::int64_t worth_a_barrier = 1 << 17;

@@ -42,6 +42,7 @@ struct AttentionJob {
   const std::byte* values_data = nullptr;
   std::int64_t tokens = 0, heads = 0, kv_heads = 0, head_dim = 0, capacity = 0, keys = 0, first = 0;
   AttentionMask mask{};
+  Sinks sinks{};
   float scale = 1;
   float* y = nullptr;
   std::int64_t ldy = 0;

@@ -186,7 +186,7 @@ struct Impl<AppendKeyValues, Reference<T>> {
 template <class T>
 struct Impl<Attention, Reference<T>> {
   static void run(Context<Reference<T>>&, Matrix<const T> q, const KeyValues& kv, std::int64_t keys, std::int64_t first, AttentionMask mask,
-                  double scale, Matrix<T> y) {
+                  double scale, Matrix<T> y, Sinks sinks) {
     using std::exp;
     const std::int64_t d = kv.head_dim, heads = q.extent(1) / d, group = heads / kv.kv_heads;
     std::vector<T> p(static_cast<std::size_t>(keys));
@@ -201,8 +201,9 @@ struct Impl<Attention, Reference<T>> {
           for (std::int64_t c = 0; c < d; ++c) s += q(t, h * d + c) * k[j * d + c];
           s *= T(scale);
           p[static_cast<std::size_t>(j)] = s;
-          if (j == begin || s > largest) largest = s;
+          if ((j == begin && !sinks.zero_logit) || s > largest) largest = s;
         }
+        if (sinks.zero_logit) sum = exp(-largest);
         for (std::int64_t j = begin; j < end; ++j) {
           p[static_cast<std::size_t>(j)] = exp(p[static_cast<std::size_t>(j)] - largest);
           sum += p[static_cast<std::size_t>(j)];

@@ -2,6 +2,7 @@
 // Floor: parts. May include: core, ops, layers.
 #pragma once
 
+#include <m2lm/core/config_of.hpp>
 #include <m2lm/core/function_ref.hpp>
 #include <m2lm/layers/attention.hpp>
 #include <m2lm/layers/embedding.hpp>
@@ -9,7 +10,9 @@
 #include <m2lm/layers/norm.hpp>
 #include <m2lm/parts/heads/linear_head.hpp>
 
+#include <memory>
 #include <span>
+#include <utility>
 #include <vector>
 
 namespace m2lm {
@@ -31,10 +34,16 @@ struct BlockPolicy {
   friend constexpr bool operator==(const BlockPolicy&, const BlockPolicy&) = default;
 };
 
-/// No cross attention.
+/// No cross attention. What a hook may have: a `Config` that is read from config.json (then On is made from the decoder's
+/// LlamaConfig and it), parameters (canonical names hook.…), prepare, and `derive(ctx, levels)`, which is called once per media
+/// instance and gives the tensors that `after_attention` wants to find in CrossFeatures::derived. `after_attention` adds to h, the
+/// rows of all sequences; row r of sequence s stands at position s.cache->length() + r - s.begin.
 struct NoHook {
   template <class B, Precision P>
   struct On {
+    template <class V, class Self>
+    static void fields(V&&, Self&) {}
+    void prepare(Context<B>&, DType) {}
     void after_attention(Context<B>&, std::int64_t /*layer*/, std::span<const SequenceRows<B>>, Matrix<ScalarOf<B>> /*h*/) const {}
   };
 };
@@ -42,7 +51,18 @@ struct NoHook {
 /// Spec. source: transformers' LlamaForCausalLM and MistralForCausalLM; keys as there below "model".
 template <BlockPolicy policy = BlockPolicy{}, class AfterAttentionHook = NoHook, class Head = LinearHead>
 struct LlamaDecoder {
-  using Config = LlamaConfig;
+  /// What config.json says about the decoder, its hook and its head.
+  struct Config : LlamaConfig {
+    ConfigOf<AfterAttentionHook> hook{};
+    ConfigOf<Head> head{};
+
+    template <class Root>
+    friend void read_config(const Root& root, Config& config) {
+      read_config(root, static_cast<LlamaConfig&>(config));
+      read_config(root, config.hook);
+      read_config(root, config.head);
+    }
+  };
 
   template <class B>
   struct Block {
@@ -79,12 +99,15 @@ struct LlamaDecoder {
     typename AfterAttentionHook::template On<B, P> hook;
     typename Head::template On<B, P> head;
 
-    explicit On(const LlamaConfig& c)
+    explicit On(const LlamaConfig& c) : On(c, {}, {}) {}
+    explicit On(const Config& c) : On(c, c.hook, c.head) {}
+    On(const LlamaConfig& c, const ConfigOf<AfterAttentionHook>& hook_config, const ConfigOf<Head>& head_config)
         : config_(c),
           frequencies_(rope_frequencies(c.rope, c.head_dim)),
           embed_tokens(c.vocab_size, c.hidden_size),
           norm(c.hidden_size, c.rms_norm_eps),
-          head(c.hidden_size, c.vocab_size, c.tie_word_embeddings) {
+          hook(make_hook(c, hook_config)),
+          head(make_head(c, head_config)) {
       for (std::int64_t i = 0; i < c.num_layers; ++i) layers.emplace_back(c);
     }
 
@@ -95,6 +118,7 @@ struct LlamaDecoder {
       visit("model.embed_tokens", self.embed_tokens);
       visit("model.layers", self.layers);
       visit("model.norm", self.norm);
+      visit("hook", self.hook);
       visit("lm_head", self.head);
     }
 
@@ -110,6 +134,7 @@ struct LlamaDecoder {
         if (progress) progress(++done, total);
       }
       norm.prepare(ctx);
+      hook.prepare(ctx, precision.weights);
       head.prepare(ctx, precision.resolve(precision.lm_head), embed_tokens.weight.value);
       if (progress) progress(total, total);
     }
@@ -117,6 +142,15 @@ struct LlamaDecoder {
     /// Room for `capacity` positions of this decoder.
     KvCache<B> make_cache(Context<B>& ctx, DType format, std::int64_t capacity) const {
       return KvCache<B>(ctx, format, config_.num_layers, config_.num_kv_heads, config_.head_dim, capacity);
+    }
+
+    /// A media instance's pyramid as the hook reads it.
+    std::shared_ptr<const CrossFeatures<S>> cross_features([[maybe_unused]] Context<B>& ctx, std::vector<FeatureLevel<S>> levels) const {
+      auto out = std::make_shared<CrossFeatures<S>>();
+      out->levels = std::move(levels);
+      if constexpr (requires { hook.derive(ctx, std::span<const FeatureLevel<S>>(out->levels)); })
+        out->derived = hook.derive(ctx, std::span<const FeatureLevel<S>>(out->levels));
+      return out;
     }
 
     /// Runs all blocks over h [rows, hidden], in place, and advances the caches. The rows of a sequence follow its cached
@@ -143,6 +177,22 @@ struct LlamaDecoder {
       }
       if (tap) tap(layer, h);
       for (const SequenceRows<B>& s : sequences) s.cache->advance(s.count);
+    }
+
+   private:
+    using HookOn = typename AfterAttentionHook::template On<B, P>;
+    using HeadOn = typename Head::template On<B, P>;
+    static HookOn make_hook([[maybe_unused]] const LlamaConfig& c, [[maybe_unused]] const ConfigOf<AfterAttentionHook>& config) {
+      if constexpr (std::is_same_v<ConfigOf<AfterAttentionHook>, NoConfig>)
+        return HookOn();
+      else
+        return HookOn(c, config);
+    }
+    static HeadOn make_head(const LlamaConfig& c, [[maybe_unused]] const ConfigOf<Head>& config) {
+      if constexpr (std::is_same_v<ConfigOf<Head>, NoConfig>)
+        return HeadOn(c.hidden_size, c.vocab_size, c.tie_word_embeddings);
+      else
+        return HeadOn(c.hidden_size, c.vocab_size, c.tie_word_embeddings, config);
     }
   };
 };

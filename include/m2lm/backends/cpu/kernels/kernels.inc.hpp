@@ -400,8 +400,8 @@ void attention(const AttentionJob& job, int part, int parts, std::byte* scratch)
       for (std::int64_t c = 0; c < d; ++c) row_buffer[c] = source[c] * job.scale;
       for (std::int64_t c = d; c < dk; ++c) row_buffer[c] = 0.0F;
       Tile::convert(row_buffer, dk, q + r * ldq);
-      largest[r] = -__builtin_inff();
-      sum[r] = 0.0F;
+      largest[r] = job.sinks.zero_logit ? 0.0F : -__builtin_inff();  // the sink is as a key that has been seen already
+      sum[r] = job.sinks.zero_logit ? 1.0F : 0.0F;
       for (std::int64_t c = 0; c < dv; ++c) output[r * dv + c] = 0.0F;
     }
     const std::int64_t first_position = job.first + row0 / group, last_position = job.first + (row0 + count - 1) / group;
