@@ -152,13 +152,14 @@ TEST_CASE("a system message in the middle of a conversation is refused") {
   auto prompt = model.prompt("And now?");
   prompt.system = "Be brief.";
   CHECK_THROWS_WITH_AS(session.generate(prompt, {.max_new_tokens = 2}), "m2lm: a system message opens a conversation; this one has begun", m2lm::InputError);
-  // After ids or raw text a chat may begin, with its opening.
+  // After ids or raw text a chat may begin, with its opening, but without another beginning of the sequence.
   auto fresh = model.session();
   fresh.generate(model.prompt(std::vector<std::int32_t>{1, 5}), {.max_new_tokens = 2, .ignore_eos = true});
   const std::int64_t length = fresh.length();
   const auto opening = static_cast<std::int64_t>(model.input_ids(model.prompt("Hello")).size());
   fresh.generate(model.prompt("Hello"), {.max_new_tokens = 1, .ignore_eos = true});
-  CHECK(fresh.length() == length + 1 + opening);
+  CHECK(fresh.length() == length + 1 + opening - 1);
+  CHECK(std::count(fresh.history().begin(), fresh.history().end(), 1) == 1);
 }
 
 TEST_CASE("sessions of one model do not see each other") {

@@ -47,7 +47,6 @@ struct ModelFiles {
   std::string tokenizer_error;
   const ChatTemplate* chat_template = nullptr;
   std::vector<std::int32_t> stop_tokens;
-  std::optional<std::int32_t> bos;
 };
 ModelFiles open_model_files(std::string_view directory, std::string_view template_name);
 
@@ -64,6 +63,9 @@ struct ModelAccess {
     return *model.state_;
   }
 };
+
+/// The token that begins a sequence: the tokenizer's, or without one config.json's bos_token_id.
+std::optional<std::int32_t> bos_token(const ModelFiles& files);
 
 /// The tokens of component `index`: config.json's NAME_token_index (or NAME_token_id), NAME_begin_token_id and NAME_end_token_id, else
 /// the tokenizer's "<NAME>", `before` and `after`. A placeholder that is no token gets the id -1 - index.
@@ -152,6 +154,7 @@ class Model {
     DecoderOn decoder;
     std::tuple<typename Component::template On<B, P>...> component;
     std::vector<detail::ComponentTokens> tokens;  // of each component
+    std::optional<std::int32_t> bos;
     LoadReport report;
 
     State(B b, detail::ModelFiles f, const Precision& p);
@@ -200,7 +203,8 @@ Model<B, P, D, C...>::State::State(B b, detail::ModelFiles f, const Precision& p
       files(std::move(f)),
       precision(p),
       decoder(read_decoder_config(files.config)),
-      component(typename C::template On<B, P>(files.config, files.directory, decoder.config().hidden_size)...) {
+      component(typename C::template On<B, P>(files.config, files.directory, decoder.config().hidden_size)...),
+      bos(detail::bos_token(files)) {
   (tokens.push_back(detail::component_tokens(files, C::name.view(), tokens.size(), C::InsertionPolicy::kind, C::InsertionPolicy::before,
                                              C::InsertionPolicy::after)),
    ...);
@@ -375,7 +379,7 @@ auto Model<B, P, D, C...>::embed_media(Context<B>& ctx, const PromptType& prompt
     uses.push_back(std::move(use));
     out.media.push_back(std::move(instances));
   });
-  out.sequence = detail::lay_out(ids, prompt.form == PromptForm::ids, state_->files.bos, uses);
+  out.sequence = detail::lay_out(ids, prompt.form == PromptForm::ids, state_->bos, uses);
   require<InputError>(!out.sequence.ids.empty(), "m2lm: the prompt has no tokens");
   return out;
 }

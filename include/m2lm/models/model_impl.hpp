@@ -64,8 +64,6 @@ M2LM_IMPL void describe_model_files(ModelFiles& out, std::string_view directory,
   }
   out.stop_tokens = read_stop_tokens(directory, out.config);
   if (out.stop_tokens.empty() && out.tokenizer && out.tokenizer->eos()) out.stop_tokens.push_back(*out.tokenizer->eos());
-  if (out.tokenizer) out.bos = out.tokenizer->bos();
-  if (!out.bos && out.config.has_value("bos_token_id")) out.bos = out.config.get<std::int32_t>("bos_token_id");
   if (!template_name.empty()) {
     out.chat_template = &chat_template(template_name);
     return;
@@ -109,6 +107,12 @@ M2LM_IMPL void require_memory(std::string_view directory, std::size_t needed, st
   const std::size_t available = limit ? limit : files::available_memory();
   require<CapacityError>(available == 0 || needed <= available, "m2lm: the model in ", directory, " needs about ", needed >> 20, " MiB of memory in ",
                          dtype_name(format), ", but ", available >> 20, " MiB are available; choose a smaller precision or free memory");
+}
+
+M2LM_IMPL std::optional<std::int32_t> bos_token(const ModelFiles& files) {
+  if (files.tokenizer) return files.tokenizer->bos();
+  if (files.config.has_value("bos_token_id")) return files.config.get<std::int32_t>("bos_token_id");
+  return std::nullopt;
 }
 
 M2LM_IMPL ComponentTokens component_tokens(const ModelFiles& files, std::string_view name, std::size_t index, InsertionKind insertion, std::string_view before,
