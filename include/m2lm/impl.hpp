@@ -8,6 +8,7 @@
 #include <m2lm/io/config_impl.hpp>
 #include <m2lm/io/directory_impl.hpp>
 #include <m2lm/io/safetensors_impl.hpp>
+#include <m2lm/io/gguf_impl.hpp>
 #include <m2lm/io/checkpoint_impl.hpp>
 #include <m2lm/io/unicode_tables_impl.hpp>
 #include <m2lm/io/byte_bpe_impl.hpp>

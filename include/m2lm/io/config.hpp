@@ -107,6 +107,7 @@ class ConfigValue {
 
  private:
   friend std::vector<ConfigValue> parse_json_lines(std::string_view path);
+  friend class Gguf;  // its metadata are read like a JSON file
   bool as_bool() const;
   std::int64_t as_integer() const;
   double as_double() const;
