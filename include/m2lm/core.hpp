@@ -3,6 +3,7 @@
 #pragma once
 
 #include <m2lm/backends/cpu/cpu.hpp>
+#include <m2lm/backends/cpu/training.hpp>
 #include <m2lm/backends/reference/reference.hpp>
 #include <m2lm/config.hpp>
 #include <m2lm/core/arena.hpp>

@@ -48,6 +48,44 @@ struct AttentionJob {
   std::int64_t ldy = 0;
 };
 
+/// The gradient of attention over one whole sequence: query t and key t stand at position t.
+struct AttentionBackwardJob {
+  const float* q = nullptr;
+  const float* k = nullptr;
+  const float* v = nullptr;
+  const float* dy = nullptr;
+  std::int64_t ldq = 0, ldk = 0, ldv = 0, ld_dy = 0;
+  std::int64_t queries = 0, keys = 0, heads = 0, kv_heads = 0, head_dim = 0;
+  AttentionMask mask{};
+  float scale = 1;
+  float* dq = nullptr;
+  float* dk = nullptr;
+  float* dv = nullptr;
+  std::int64_t ld_dq = 0, ld_dk = 0, ld_dv = 0;
+};
+
+/// Query rows of a block of attention's backward pass: the order of its sums is fixed by it.
+inline constexpr std::int64_t backward_rows = 64;
+
+/// Backward passes, in f32. `n` counts the elements of a row; a `gated` row of z has 2n.
+struct TrainingKernels {
+  void (*activation_forward)(Activation, const float* z, bool gated, float* y, std::int64_t n) = nullptr;
+  void (*activation_backward)(Activation, const float* dy, const float* z, bool gated, float* dz, std::int64_t n) = nullptr;
+  void (*norm_statistics)(const float* x, std::int64_t n, float eps, bool centred, float* mean, float* inverse) = nullptr;
+  void (*norm_backward)(const float* dy, const float* x, const float* weight, float mean, float inverse, bool centred, float* dx, bool accumulate,
+                        std::int64_t n) = nullptr;
+  void (*norm_weight_gradient)(const float* dy, std::int64_t ld_dy, const float* x, std::int64_t ldx, const float* mean, const float* inverse,
+                               std::int64_t rows, std::int64_t n, float* dweight, float* dbias) = nullptr;
+  void (*rope_backward)(float* x, std::int64_t heads, std::int64_t head_dim, const float* cos, const float* sin) = nullptr;
+  void (*transpose_panels)(const std::byte* w, bool bf16, std::int64_t n, std::int64_t k, std::int64_t first, std::int64_t count, float* out) = nullptr;
+  void (*copy_panel)(const float* x, std::int64_t ldx, std::int64_t rows, std::int64_t columns, std::int64_t first, float* out) = nullptr;
+  void (*transpose)(const float* x, std::int64_t ldx, std::int64_t rows, std::int64_t columns, float* out, std::int64_t ldo) = nullptr;
+  std::int64_t (*attention_backward_floats)(std::int64_t keys, std::int64_t head_dim) = nullptr;
+  void (*attention_backward)(const AttentionBackwardJob&, std::int64_t kv_head, float* scratch) = nullptr;
+  void (*softmax_statistics)(const float* logits, std::int64_t n, float* largest, double* sum) = nullptr;
+  void (*scaled_softmax)(const float* logits, std::int64_t n, float largest, float scale, float* d) = nullptr;
+};
+
 /// What a level does with one weight format.
 struct FormatKernels {
   bool bf16_activations = false;  ///< x is rounded to bf16, and so are q and the probabilities of attention
@@ -65,6 +103,7 @@ struct KernelTable {
   void (*layer_norm)(const float* x, const float* weight, const float* bias, float eps, float* y, std::int64_t n) = nullptr;
   void (*rope)(float* x, std::int64_t heads, std::int64_t head_dim, const float* cos, const float* sin) = nullptr;
   void (*add)(float* x, const float* addend, std::int64_t n) = nullptr;
+  TrainingKernels training{};
 
   /// The kernels of a format, or null where the CPU backend has none.
   const FormatKernels* format(DType dtype) const {

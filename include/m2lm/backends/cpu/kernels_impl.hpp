@@ -15,6 +15,7 @@ namespace m2lm::detail::cpu_baseline {
 #define M2LM_CPU_NATIVE_BF16 0
 #include <m2lm/backends/cpu/kernels/simd_baseline.inc.hpp>
 #include <m2lm/backends/cpu/kernels/kernels.inc.hpp>
+#include <m2lm/backends/cpu/kernels/training.inc.hpp>
 }  // namespace m2lm::detail::cpu_baseline
 
 #if M2LM_X86_64
@@ -22,6 +23,7 @@ M2LM_REGION_BEGIN("avx2,fma,f16c")
 namespace m2lm::detail::cpu_avx2 {
 #include <m2lm/backends/cpu/kernels/simd_avx2.inc.hpp>
 #include <m2lm/backends/cpu/kernels/kernels.inc.hpp>
+#include <m2lm/backends/cpu/kernels/training.inc.hpp>
 }  // namespace m2lm::detail::cpu_avx2
 M2LM_REGION_END
 
@@ -29,6 +31,7 @@ M2LM_REGION_BEGIN("avx2,fma,f16c,avx512f,avx512bw,avx512dq,avx512vl")
 namespace m2lm::detail::cpu_avx512 {
 #include <m2lm/backends/cpu/kernels/simd_avx512.inc.hpp>
 #include <m2lm/backends/cpu/kernels/kernels.inc.hpp>
+#include <m2lm/backends/cpu/kernels/training.inc.hpp>
 }  // namespace m2lm::detail::cpu_avx512
 M2LM_REGION_END
 
@@ -39,6 +42,7 @@ namespace m2lm::detail::cpu_avx512_bf16 {
 #include <m2lm/backends/cpu/kernels/simd_avx512.inc.hpp>
 #include <m2lm/backends/cpu/kernels/simd_avx512_bf16.inc.hpp>
 #include <m2lm/backends/cpu/kernels/kernels.inc.hpp>
+#include <m2lm/backends/cpu/kernels/training.inc.hpp>
 }  // namespace m2lm::detail::cpu_avx512_bf16
 M2LM_REGION_END
 #endif

@@ -498,6 +498,8 @@ inline FormatKernels format_kernels() {
           .attention_scratch = &attention_scratch<Tile>};
 }
 
+inline TrainingKernels training_kernels();  // in training.inc.hpp
+
 inline KernelTable make_table(IsaLevel level, [[maybe_unused]] bool bf16_dot) {
   KernelTable table{.level = level,
                     .f32 = format_kernels<F32Tile>(),
@@ -505,7 +507,8 @@ inline KernelTable make_table(IsaLevel level, [[maybe_unused]] bool bf16_dot) {
                     .rms_norm = &rms_norm,
                     .layer_norm = &layer_norm,
                     .rope = &rope,
-                    .add = &add};
+                    .add = &add,
+                    .training = training_kernels()};
 #if M2LM_CPU_NATIVE_BF16
   if (bf16_dot) table.bf16 = format_kernels<Bf16DotTile>();
 #endif
