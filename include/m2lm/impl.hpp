@@ -9,6 +9,9 @@
 #include <m2lm/io/directory_impl.hpp>
 #include <m2lm/io/safetensors_impl.hpp>
 #include <m2lm/io/gguf_impl.hpp>
+#include <m2lm/io/zip_impl.hpp>
+#include <m2lm/io/pickle_impl.hpp>
+#include <m2lm/io/pytorch_impl.hpp>
 #include <m2lm/io/checkpoint_impl.hpp>
 #include <m2lm/io/unicode_tables_impl.hpp>
 #include <m2lm/io/byte_bpe_impl.hpp>

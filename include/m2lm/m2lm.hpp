@@ -10,8 +10,11 @@
 #include <m2lm/io/gguf.hpp>
 #include <m2lm/io/image.hpp>
 #include <m2lm/io/image_processor.hpp>
+#include <m2lm/io/pickle.hpp>
+#include <m2lm/io/pytorch.hpp>
 #include <m2lm/io/safetensors.hpp>
 #include <m2lm/io/tokenizer.hpp>
+#include <m2lm/io/zip.hpp>
 #include <m2lm/models/chat_template.hpp>
 #include <m2lm/models/generation.hpp>
 #include <m2lm/models/hf_config.hpp>

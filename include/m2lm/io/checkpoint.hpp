@@ -13,15 +13,15 @@
 
 namespace m2lm {
 
-/// All tensors of a directory: `model.safetensors`, or the shards that `model.safetensors.index.json` names. Memory-mapped;
-/// copies share the mapping.
+/// All tensors of a directory: `model.safetensors`, or the shards that `model.safetensors.index.json` names, or the same with
+/// `pytorch_model.bin` (io/pytorch.hpp). Memory-mapped; copies share the mapping.
 class Checkpoint {
   struct State;
   std::shared_ptr<const State> state_;
 
  public:
   Checkpoint() = default;
-  /// throws CheckpointError: no such directory, no checkpoint in it, a format that is not supported yet, a missing shard, shards
+  /// throws CheckpointError: no such directory, no checkpoint in it, a format that is not supported, a missing shard, shards
   /// that lack promised tensors, an index that leads out of the directory, or a damaged file. All that is missing is named at once.
   static Checkpoint open(std::string_view directory);
 

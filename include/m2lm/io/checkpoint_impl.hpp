@@ -4,9 +4,13 @@
 
 #include <m2lm/io/checkpoint.hpp>
 #include <m2lm/io/config_impl.hpp>
+#include <m2lm/io/pytorch_impl.hpp>
 #include <m2lm/io/safetensors_impl.hpp>
 
+#include <algorithm>
+#include <iterator>
 #include <map>
+#include <optional>
 #include <set>
 #include <unordered_map>
 
@@ -16,16 +20,15 @@ struct Checkpoint::State {
   static constexpr std::size_t no_file = static_cast<std::size_t>(-1);
   struct Entry {
     std::size_t file = 0;
-    std::optional<AnyTensor> tensor;  // nothing when the dtype is not supported
+    std::optional<AnyTensor> tensor;
+    std::string problem;  // why there is no tensor: its dtype is not supported
   };
   std::string directory;
-  std::vector<Safetensors> files;
+  std::vector<MappedFile> files;
   std::vector<std::string> names;
   std::unordered_map<std::string, Entry> entries;
 
-  void add(const std::string& name, std::size_t file) {
-    Entry entry{file, std::nullopt};
-    if (files[file].dtype(name)) entry.tensor = files[file].tensor(name);
+  void add(const std::string& name, Entry entry) {
     entries.emplace(name, std::move(entry));
     names.push_back(name);
   }
@@ -33,6 +36,37 @@ struct Checkpoint::State {
     const auto found = entries.find(std::string(name));
     return found == entries.end() ? nullptr : &found->second;
   }
+
+  /// Adds the tensors of a file that are in `wanted`, or all. Returns those of `wanted` that the file lacks.
+  std::vector<std::string> add_file(const std::string& path, const std::vector<std::string>* wanted) {
+    const std::set<std::string_view> chosen = wanted ? std::set<std::string_view>(wanted->begin(), wanted->end()) : std::set<std::string_view>();
+    const auto take = [&](const auto& file, auto&& entry_of) {
+      files.push_back(file.mapping());
+      for (const std::string& name : file.names())
+        if (!wanted || chosen.contains(name)) add(name, entry_of(name));
+      std::vector<std::string> lacking;
+      if (wanted) std::copy_if(wanted->begin(), wanted->end(), std::back_inserter(lacking), [&](const std::string& name) { return !file.contains(name); });
+      return lacking;
+    };
+    const std::size_t number = files.size();
+    if (path.ends_with(".bin")) {
+      const PytorchFile file = PytorchFile::open(path);
+      return take(file, [&](const std::string& name) { return Entry{number, file.tensor(name), {}}; });
+    }
+    const Safetensors file = Safetensors::open(path);
+    return take(file, [&](const std::string& name) {
+      Entry entry{number, std::nullopt, {}};
+      try {
+        entry.tensor = file.tensor(name);
+      } catch (const CheckpointError& error) {
+        entry.problem = error.what();
+      }
+      return entry;
+    });
+  }
+
+  /// Adds the shards that the index file names.
+  void add_shards(const std::string& index);
 };
 
 namespace detail {
@@ -47,51 +81,49 @@ M2LM_IMPL std::string list_names(const std::vector<std::string>& names, std::siz
 
 }  // namespace detail
 
+M2LM_IMPL void Checkpoint::State::add_shards(const std::string& index) {
+  const ConfigValue map = ConfigValue::parse_file(index)["weight_map"];
+  const std::string_view extension = index.ends_with(".bin.index.json") ? ".bin" : ".safetensors";
+  std::map<std::string, std::vector<std::string>> promised;  // shard -> names
+  std::vector<std::string> missing, outside;
+  for (const std::string& name : map.keys()) promised[map.get<std::string>(name)].push_back(name);
+  for (const auto& [shard, shard_names] : promised) {
+    if (shard.find('/') != std::string::npos || shard.find('\\') != std::string::npos || !shard.ends_with(extension))
+      outside.push_back(concat("\"", shard, "\" (tensor ", shard_names.front(), ")"));
+    else if (!file_exists(join_path(directory, shard)))
+      missing.push_back(concat(shard, " (", shard_names.size(), " tensors, among them ", shard_names.front(), ")"));
+  }
+  require<CheckpointError>(outside.empty(), index, ": weight_map must name ", extension, " files of this directory, found ", detail::list_names(outside));
+  require<CheckpointError>(missing.empty(), index, ": shards are missing: ", detail::list_names(missing), "; download the checkpoint again");
+  std::vector<std::string> lacking;
+  for (const auto& [shard, shard_names] : promised)
+    for (const std::string& name : add_file(join_path(directory, shard), &shard_names)) lacking.push_back(concat(name, " (", shard, ")"));
+  require<CheckpointError>(lacking.empty(), index, ": tensors are not in the shards that should hold them: ", detail::list_names(lacking));
+}
+
 M2LM_IMPL Checkpoint Checkpoint::open(std::string_view directory) {
   auto state = std::make_shared<State>();
   state->directory = std::string(directory);
   require<CheckpointError>(directory_exists(directory), directory, ": there is no such directory");
-  const std::string index = join_path(directory, "model.safetensors.index.json");
-  const std::string single = join_path(directory, "model.safetensors");
-
-  if (file_exists(single)) {
-    state->files.push_back(Safetensors::open(single));
-    for (const std::string& name : state->files[0].names()) state->add(name, 0);
-  } else if (file_exists(index)) {
-    const ConfigValue map = ConfigValue::parse_file(index)["weight_map"];
-    std::map<std::string, std::vector<std::string>> promised;  // shard -> names
-    std::vector<std::string> missing, outside;
-    for (const std::string& name : map.keys()) promised[map.get<std::string>(name)].push_back(name);
-    for (const auto& [shard, names] : promised) {
-      if (shard.empty() || shard.find('/') != std::string::npos || shard.find('\\') != std::string::npos || shard == "..")
-        outside.push_back(concat("\"", shard, "\" (tensor ", names.front(), ")"));
-      else if (!file_exists(join_path(directory, shard)))
-        missing.push_back(concat(shard, " (", names.size(), " tensors, among them ", names.front(), ")"));
+  const auto finish = [&] {
+    Checkpoint out;
+    out.state_ = std::move(state);
+    return out;
+  };
+  for (const char* name : {"model.safetensors", "pytorch_model.bin"}) {
+    const std::string single = join_path(directory, name), index = single + ".index.json";
+    if (file_exists(single)) {
+      state->add_file(single, nullptr);
+      return finish();
     }
-    require<CheckpointError>(outside.empty(), index, ": weight_map must name files of this directory, found ", detail::list_names(outside));
-    require<CheckpointError>(missing.empty(), index, ": shards are missing: ", detail::list_names(missing),
-                             "; download the checkpoint again");
-    std::vector<std::string> lacking;
-    for (const auto& [shard, names] : promised) {
-      const std::size_t file = state->files.size();
-      state->files.push_back(Safetensors::open(join_path(directory, shard)));
-      const std::set<std::string_view> wanted(names.begin(), names.end());
-      for (const std::string& name : names)
-        if (!state->files[file].contains(name)) lacking.push_back(concat(name, " (", shard, ")"));
-      for (const std::string& name : state->files[file].names())
-        if (wanted.contains(name)) state->add(name, file);
+    if (file_exists(index)) {
+      state->add_shards(index);
+      return finish();
     }
-    require<CheckpointError>(lacking.empty(), index, ": tensors are not in the shards that should hold them: ", detail::list_names(lacking));
-  } else {
-    for (const char* name : {"pytorch_model.bin", "pytorch_model.bin.index.json", "consolidated.00.pth"})
-      require<CheckpointError>(!file_exists(join_path(directory, name)), join_path(directory, name),
-                               ": pickled PyTorch weights are not supported yet; convert them with transformers: "
-                               "AutoModel.from_pretrained(DIR).save_pretrained(DIR, safe_serialization=True)");
-    throw CheckpointError(concat(directory, ": holds neither model.safetensors nor model.safetensors.index.json"));
   }
-  Checkpoint out;
-  out.state_ = std::move(state);
-  return out;
+  const std::string meta = join_path(directory, "consolidated.00.pth");
+  require<CheckpointError>(!file_exists(meta), meta, ": Meta's own layout is not supported; convert it with transformers' convert_llama_weights_to_hf.py");
+  throw CheckpointError(concat(directory, ": holds neither model.safetensors nor pytorch_model.bin, nor the index of one in shards"));
 }
 
 M2LM_IMPL Checkpoint Checkpoint::of_tensors(std::string_view name, std::vector<NamedTensor> tensors) {
@@ -112,7 +144,7 @@ M2LM_IMPL std::vector<std::string> Checkpoint::names() const { return state_->na
 M2LM_IMPL const AnyTensor* Checkpoint::find(std::string_view name) const {
   const State::Entry* entry = state_->find(name);
   if (!entry) return nullptr;
-  if (!entry->tensor) (void)state_->files[entry->file].tensor(name);  // throws and names the dtype
+  require<CheckpointError>(entry->tensor.has_value(), entry->problem);
   return &*entry->tensor;
 }
 
@@ -127,12 +159,12 @@ M2LM_IMPL std::string_view Checkpoint::file_of(std::string_view name) const {
 
 M2LM_IMPL std::size_t Checkpoint::total_bytes() const {
   std::size_t sum = 0;
-  for (const Safetensors& file : state_->files) sum += file.bytes();
+  for (const MappedFile& file : state_->files) sum += file.bytes().size();
   return sum;
 }
 
 M2LM_IMPL void Checkpoint::release_pages() const {
-  for (const Safetensors& file : state_->files) file.release_pages();
+  for (const MappedFile& file : state_->files) file.release(0, file.bytes().size());
 }
 
 }  // namespace m2lm

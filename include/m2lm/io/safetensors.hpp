@@ -3,6 +3,7 @@
 #pragma once
 
 #include <m2lm/core/tensor.hpp>
+#include <m2lm/io/file.hpp>
 
 #include <cstddef>
 #include <map>
@@ -32,7 +33,7 @@ class Safetensors {
   /// contradiction. A dtype that the library does not know is an error only when that tensor is asked for.
   static Safetensors open(std::string_view path);
 
-  const std::string& path() const;
+  const std::string& path() const { return mapping().path(); }
   /// In the order of their data in the file.
   std::span<const std::string> names() const;
   bool contains(std::string_view name) const;
@@ -44,9 +45,8 @@ class Safetensors {
   /// The "__metadata__" of the header.
   const std::map<std::string, std::string>& metadata() const;
   /// Size of the file.
-  std::size_t bytes() const;
-  /// Gives the pages of all tensors back to the system; they are read again when touched.
-  void release_pages() const;
+  std::size_t bytes() const { return mapping().bytes().size(); }
+  const MappedFile& mapping() const;
 };
 
 /// Writes the tensors in the given order, atomically. requires distinct names, none "__metadata__".

@@ -210,13 +210,11 @@ M2LM_IMPL Safetensors Safetensors::open(std::string_view path) {
   return out;
 }
 
-M2LM_IMPL const std::string& Safetensors::path() const { return file_->mapping.path(); }
+M2LM_IMPL const MappedFile& Safetensors::mapping() const { return file_->mapping; }
 M2LM_IMPL std::span<const std::string> Safetensors::names() const { return file_->names; }
 M2LM_IMPL bool Safetensors::contains(std::string_view name) const { return file_->entries.contains(std::string(name)); }
 M2LM_IMPL std::optional<DType> Safetensors::dtype(std::string_view name) const { return file_->entry(name).dtype; }
 M2LM_IMPL const std::map<std::string, std::string>& Safetensors::metadata() const { return file_->metadata; }
-M2LM_IMPL std::size_t Safetensors::bytes() const { return file_->mapping.bytes().size(); }
-M2LM_IMPL void Safetensors::release_pages() const { file_->mapping.release(0, bytes()); }
 
 M2LM_IMPL AnyTensor Safetensors::tensor(std::string_view name) const {
   const File::Entry& entry = file_->entry(name);

@@ -1,0 +1,57 @@
+// ZipArchive: the entries of a zip file that are stored without compression, as views of the mapped file.
+// Floor: io. May include: core, interop.
+#pragma once
+
+#include <m2lm/io/file.hpp>
+
+#include <cstddef>
+#include <cstdint>
+#include <memory>
+#include <span>
+#include <string>
+#include <string_view>
+#include <vector>
+
+namespace m2lm {
+
+/// A zip or zip64 archive. Nothing in it is believed unchecked: every entry lies inside the file, none overlaps another.
+/// Source: PKWARE's APPNOTE.TXT, sections 4.3 to 4.5.
+class ZipArchive {
+ public:
+  struct Entry {
+    std::string name;
+    std::size_t begin = 0, size = 0;  ///< of the data, in the file
+    std::uint32_t crc32 = 0;          ///< what the directory says; see `checked_bytes`
+  };
+
+  ZipArchive() = default;
+  /// Reads the central directory and every local header. throws CheckpointError naming the file, the entry and both sides of a
+  /// contradiction: not a zip file, truncated, compressed or encrypted entries, several volumes, equal names, overlaps.
+  static ZipArchive open(MappedFile file);
+
+  const MappedFile& file() const { return state_->file; }
+  /// In the order of the central directory.
+  std::span<const Entry> entries() const { return state_->entries; }
+  /// nullptr when there is no such entry.
+  const Entry* find(std::string_view name) const;
+  std::span<const std::byte> bytes(const Entry& entry) const { return file().bytes().subspan(entry.begin, entry.size); }
+  /// The same after comparing the checksum. throws CheckpointError when it differs.
+  std::span<const std::byte> checked_bytes(const Entry& entry) const;
+
+ private:
+  struct State {
+    MappedFile file;
+    std::vector<Entry> entries;
+    std::vector<std::size_t> by_name;  // indices of entries in the order of their names
+  };
+  std::shared_ptr<const State> state_;
+};
+
+namespace detail {
+
+/// CRC-32 with the reflected polynomial 0xEDB88320.
+std::uint32_t zip_checksum(std::span<const std::byte> bytes);
+
+}  // namespace detail
+
+}  // namespace m2lm
