@@ -21,7 +21,7 @@ struct Checkpoint::State {
   struct Entry {
     std::size_t file = 0;
     std::optional<AnyTensor> tensor;
-    std::string problem;  // why there is no tensor: its dtype is not supported
+    std::string problem = {};  // why there is no tensor: its dtype is not supported
   };
   std::string directory;
   std::vector<MappedFile> files;
@@ -51,11 +51,11 @@ struct Checkpoint::State {
     const std::size_t number = files.size();
     if (path.ends_with(".bin")) {
       const PytorchFile file = PytorchFile::open(path);
-      return take(file, [&](const std::string& name) { return Entry{number, file.tensor(name), {}}; });
+      return take(file, [&](const std::string& name) { return Entry{number, file.tensor(name)}; });
     }
     const Safetensors file = Safetensors::open(path);
     return take(file, [&](const std::string& name) {
-      Entry entry{number, std::nullopt, {}};
+      Entry entry{number, std::nullopt};
       try {
         entry.tensor = file.tensor(name);
       } catch (const CheckpointError& error) {
