@@ -26,6 +26,7 @@
 #include <m2lm/layers/ffn.hpp>
 #include <m2lm/layers/kv_cache.hpp>
 #include <m2lm/layers/linear.hpp>
+#include <m2lm/layers/multihead_attention.hpp>
 #include <m2lm/layers/norm.hpp>
 #include <m2lm/layers/rope.hpp>
 

@@ -58,6 +58,9 @@ struct SequenceRows {
   std::int64_t begin = 0;
   std::int64_t count = 0;
   std::span<const CrossInstance<ScalarOf<B>>> media = {};  ///< for hooks: the instances in the sequence so far, in its order
+
+  /// Where a row of the batch stands in its sequence. requires begin <= row < begin + count.
+  std::int64_t position(std::int64_t row) const { return cache->length() + row - begin; }
 };
 
 }  // namespace m2lm

@@ -60,11 +60,8 @@ struct ModalityOutput {
 /// Spec: there is nothing to project, as the encoder gives token ids.
 struct NoProjector {
   template <class B, Precision P>
-  struct On {
+  struct On : NoParameters {
     explicit On(const ProjectorConfig&) {}
-    template <class V, class Self>
-    static void fields(V&&, Self&) {}
-    void prepare(Context<B>&, DType) {}
   };
 };
 

@@ -20,6 +20,14 @@ struct Context {
   Arena* tape = nullptr;                       ///< saved activations; null in inference
 };
 
+/// Base of components without parameters.
+struct NoParameters {
+  template <class V, class Self>
+  static void fields(V&&, Self&) {}
+  template <class B>
+  void prepare(Context<B>&, DType) {}
+};
+
 /// The scalar of a backend's activations: float on Cpu and Cuda, T on Reference<T>.
 template <class B>
 using ScalarOf = typename B::Scalar;

@@ -36,14 +36,11 @@ struct BlockPolicy {
 
 /// No cross attention. What a hook may have: a `Config` that is read from config.json (then On is made from the decoder's
 /// LlamaConfig and it), parameters (canonical names hook.…), prepare, and `derive(ctx, levels)`, which is called once per media
-/// instance and gives the tensors that `after_attention` wants to find in CrossFeatures::derived. `after_attention` adds to h, the
-/// rows of all sequences; row r of sequence s stands at position s.cache->length() + r - s.begin.
+/// instance that has a pyramid; what it returns is kept as CrossFeatures::derived. `after_attention` adds to h [rows, hidden], the
+/// rows of all sequences; sequence s has the rows [s.begin, s.begin + s.count) at s.position(row).
 struct NoHook {
   template <class B, Precision P>
-  struct On {
-    template <class V, class Self>
-    static void fields(V&&, Self&) {}
-    void prepare(Context<B>&, DType) {}
+  struct On : NoParameters {
     void after_attention(Context<B>&, std::int64_t /*layer*/, std::span<const SequenceRows<B>>, Matrix<ScalarOf<B>> /*h*/) const {}
   };
 };
@@ -146,10 +143,9 @@ struct LlamaDecoder {
 
     /// A media instance's pyramid as the hook reads it.
     std::shared_ptr<const CrossFeatures<S>> cross_features([[maybe_unused]] Context<B>& ctx, std::vector<FeatureLevel<S>> levels) const {
-      auto out = std::make_shared<CrossFeatures<S>>();
-      out->levels = std::move(levels);
+      auto out = std::make_shared<CrossFeatures<S>>(std::move(levels));
       if constexpr (requires { hook.derive(ctx, std::span<const FeatureLevel<S>>(out->levels)); })
-        out->derived = hook.derive(ctx, std::span<const FeatureLevel<S>>(out->levels));
+        out->set_derived(hook.derive(ctx, std::span<const FeatureLevel<S>>(out->levels)));
       return out;
     }
 

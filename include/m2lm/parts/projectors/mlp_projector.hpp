@@ -67,7 +67,7 @@ using LinearProjector = MlpProjector<1>;
 /// Spec: the features are the embeddings already. requires equal widths.
 struct IdentityProjector {
   template <class B, Precision P>
-  class On {
+  class On : public NoParameters {
     using S = ScalarOf<B>;
 
    public:
@@ -75,9 +75,6 @@ struct IdentityProjector {
       require(c.input_width == c.output_width, "m2lm::IdentityProjector: the encoder gives ", c.input_width, " values per token, the decoder takes ",
               c.output_width);
     }
-    template <class V, class Self>
-    static void fields(V&&, Self&) {}
-    void prepare(Context<B>&, DType) {}
     std::int64_t output_tokens(std::int64_t tokens) const { return tokens; }
     void forward(Context<B>&, Matrix<const S> x, Matrix<S> y) const {
       for (std::int64_t i = 0; i < x.extent(0); ++i) std::copy_n(x.row(i), x.extent(1), y.row(i));
