@@ -43,7 +43,7 @@ M2LM_IMPL TokenSequence lay_out(std::span<const std::int32_t> ids, bool given_id
       out.media.push_back({c, instance, static_cast<std::int64_t>(out.ids.size()), rows});
       out.ids.insert(out.ids.end(), static_cast<std::size_t>(rows), component.tokens.placeholder);
     }
-    if (component.tokens.after) out.ids.push_back(*component.tokens.after);
+    if (component.tokens.after && !M2LM_FAULT(61)) out.ids.push_back(*component.tokens.after);
   };
   const std::size_t behind_bos = bos && !ids.empty() && ids.front() == *bos ? 1 : 0;
   for (std::size_t i = 0;;) {

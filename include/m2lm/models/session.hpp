@@ -183,7 +183,7 @@ Generation BasicSession<M>::generate(const typename M::PromptType& prompt, const
                              cache_.capacity());
       const Matrix<S> h = last_hidden.template view<2>();
       state.decoder.embed_tokens.forward(ctx, pending_, h);
-      const SequenceRows<B> rows{&cache_, 0, 1, media_};
+      const SequenceRows<B> rows{&cache_, 0, 1, M2LM_FAULT(62) ? std::span<const CrossInstance<S>>() : media_};
       state.decoder.forward(ctx, h, std::span<const SequenceRows<B>>(&rows, 1));
       history_.push_back(pending_.front());
       pending_.clear();

@@ -45,6 +45,9 @@ enum class Fault : std::uint8_t {
   last_token_of_the_answer_forgotten = 31,
   attention_scale_without_root = 32,
   file_named_before_it_is_on_the_disk = 55,
+  sink_ignored = 60,
+  delimiter_left_out = 61,
+  media_forgotten_after_the_prompt = 62,
 };
 
 struct FaultNote {
@@ -87,6 +90,9 @@ inline constexpr auto fault_notes = std::to_array<FaultNote>({
     {Fault::last_token_of_the_answer_forgotten, "models", "a conversation goes on without the token chosen last"},
     {Fault::attention_scale_without_root, "layers", "scores are divided by head_dim instead of its square root"},
     {Fault::file_named_before_it_is_on_the_disk, "io", "a saved file gets its name before its bytes are flushed"},
+    {Fault::sink_ignored, "backends", "a softmax with a zero logit is computed without it"},
+    {Fault::delimiter_left_out, "models", "the token behind an instance is left out"},
+    {Fault::media_forgotten_after_the_prompt, "models", "hooks of the decoder see no media while an answer is generated"},
 });
 
 /// The note of fault `number`; null if there is no such fault.

@@ -203,7 +203,7 @@ struct Impl<Attention, Reference<T>> {
           p[static_cast<std::size_t>(j)] = s;
           if ((j == begin && !sinks.zero_logit) || s > largest) largest = s;
         }
-        if (sinks.zero_logit) sum = exp(-largest);
+        if (sinks.zero_logit && !M2LM_FAULT(60)) sum = exp(-largest);
         for (std::int64_t j = begin; j < end; ++j) {
           p[static_cast<std::size_t>(j)] = exp(p[static_cast<std::size_t>(j)] - largest);
           sum += p[static_cast<std::size_t>(j)];
