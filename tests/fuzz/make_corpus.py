@@ -63,6 +63,10 @@ corpus = {
         "palette8.bmp": bmp(5, 3, 8, bytes(i % 256 for i in range(1024))),
         "small.gif": GIF,
     },
+    "pytorch": {
+        path.name: path.read_bytes()
+        for path in sorted((GOLDEN / "pytorch").glob("*.bin"))
+    },
     "tokenizer": {
         f"text{i}": bytes([len(text)]) + text + (GOLDEN / "llava/with_tokenizer/tokenizer.model").read_bytes()
         for i, text in enumerate([b"What is in the picture?", "\u2581 \u00e9\u4e2d\U0001f600 <s>\n".encode()])
