@@ -101,19 +101,46 @@ TEST_CASE("a projector or vision tower of another width") {
              "expected [5, 24]");
 }
 
-TEST_CASE("weights that are NaN, or overflow, are an error when a token is chosen") {
-  for (const float bad : {std::numeric_limits<float>::quiet_NaN(), std::numeric_limits<float>::infinity()}) {
+TEST_CASE("weights that are NaN, or overflow: an error when a token is chosen, and when they are checked, with tensor, file and index") {
+  for (const float bad : {std::numeric_limits<float>::quiet_NaN(), std::numeric_limits<float>::infinity(), -std::numeric_limits<float>::infinity()}) {
     const Damaged directory;
     change_tensors(directory, [&](std::vector<NamedTensor>& tensors) {
       Tensor<float> values = named(tensors, "model.norm.weight").tensor.to<float>();
-      values.data()[7] = bad;
+      values.data()[7] = values.data()[9] = bad;
       named(tensors, "model.norm.weight").tensor = AnyTensor(std::move(values));
     });
+    const char* value = bad != bad ? "is NaN" : bad > 0 ? "is inf" : "is -inf";
+    const std::string where = "tensor \"model.norm.weight\" (" + (directory / "model.safetensors") + "): element [7] of [32]";
     const Lm model = Lm::from_pretrained(directory.path());
     auto session = model.session();
     for (const double temperature : {0.0, 1.0})
-      CHECK_SAYS(message_of<m2lm::Error>([&] { session.generate(model.prompt(some_ids(3, 96)), {.temperature = temperature}); }), "the logit of token", "weights are damaged");
+      CHECK_SAYS(message_of<m2lm::NumericError>([&] { session.generate(model.prompt(some_ids(3, 96)), {.temperature = temperature}); }), "the logit of token", "weights are damaged",
+                 where.c_str(), value);
     CHECK(session.length() == 0);
+    CHECK_SAYS(said(directory, {.check = true}), directory.path().c_str(), "not finite", where.c_str(), value, "2 such elements");
+  }
+  CHECK_NOTHROW(Lm::from_pretrained(Damaged().path(), Cpu(), {.check = true}));
+}
+
+TEST_CASE("the check of weights finds the first NaN of any floating dtype, and lists every tensor that has one") {
+  for (const DType dtype : {DType::f32, DType::bf16, DType::f16, DType::f64}) {
+    CAPTURE(std::string(m2lm::dtype_name(dtype)));
+    const Damaged directory;
+    change_tensors(directory, [&](std::vector<NamedTensor>& tensors) {
+      const auto put = [&]<class T>(const char* name, std::int64_t index, T nan) {
+        AnyTensor& tensor = named(tensors, name).tensor;
+        Tensor<T> values(tensor.shape());
+        values.data()[index] = nan;
+        tensor = AnyTensor(std::move(values));
+      };
+      for (const auto& [name, index] : {std::pair("model.layers.1.mlp.up_proj.weight", std::int64_t{32 * 5 + 6}), std::pair("model.embed_tokens.weight", std::int64_t{0})}) {
+        if (dtype == DType::f32) put(name, index, std::numeric_limits<float>::quiet_NaN());
+        if (dtype == DType::f64) put(name, index, std::numeric_limits<double>::quiet_NaN());
+        if (dtype == DType::bf16) put(name, index, m2lm::Bf16{0x7fc0});
+        if (dtype == DType::f16) put(name, index, m2lm::Half{0xfe00});
+      }
+    });
+    CHECK_SAYS(said(directory, {.check = true}), "\"model.layers.1.mlp.up_proj.weight\"", "element [5, 6] of [48, 32] is NaN; 1 such", "\"model.embed_tokens.weight\"", "element [0, 0]");
   }
 }
 

@@ -5,6 +5,8 @@
 #include <m2lm/config.hpp>
 
 #include <cstdint>
+#include <exception>
+#include <new>
 #include <span>
 #include <stdexcept>
 #include <string>
@@ -49,6 +51,12 @@ class CapacityError : public Error {
   using Error::Error;
 };
 
+/// A computation gave NaN or infinity where a number is needed: damaged weights, or a precision that is too low for them.
+class NumericError : public Error {
+ public:
+  using Error::Error;
+};
+
 namespace detail {
 
 inline void append_piece(std::string& out, std::string_view s) { out += s; }
@@ -70,6 +78,22 @@ std::string concat(const Piece&... piece) {
   (detail::append_piece(out, piece), ...);
   return out;
 }
+
+namespace detail {
+
+/// Made before any memory is short: std::bad_alloc becomes this when not even a message can be allocated.
+inline const std::exception_ptr out_of_memory = std::make_exception_ptr(CapacityError("m2lm: there is not enough memory"));
+
+/// What public functions make of std::bad_alloc: a CapacityError that says what was being done. Call it in a handler.
+[[noreturn]] inline void throw_out_of_memory(std::string_view doing) {
+  try {
+    throw CapacityError(concat("m2lm: there is not enough memory for ", doing, "; free some, or choose a smaller precision or context"));
+  } catch (const std::bad_alloc&) {
+    std::rethrow_exception(out_of_memory);
+  }
+}
+
+}  // namespace detail
 
 /// "[2, 3, 4]".
 inline std::string shape_string(std::span<const std::int64_t> shape) {

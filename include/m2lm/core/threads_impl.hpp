@@ -37,13 +37,16 @@ M2LM_IMPL ThreadPool::ThreadPool(int threads) {
   size_ = threads ? threads : cores;
   // Spinning only pays while every thread has a core of its own, and not for long: another program may want the core.
   spins_ = size_ <= cores ? 2000 : 0;  // 30 to 80 microseconds
-  workers_.reserve(static_cast<std::size_t>(size_ - 1));
   try {
+    workers_.reserve(static_cast<std::size_t>(size_ - 1));
     for (int part = 1; part < size_; ++part) workers_.emplace_back([this, part] { worker(part); });
   } catch (const std::system_error& error) {
     const std::size_t started = workers_.size();
     stop();
     throw CapacityError(concat("m2lm: of ", size_, " threads the system starts ", started + 1, " (", error.what(), "); ask for fewer"));
+  } catch (const std::bad_alloc&) {
+    stop();
+    detail::throw_out_of_memory("the threads of a backend");
   }
 }
 

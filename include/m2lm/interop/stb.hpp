@@ -62,8 +62,8 @@
 #define STBI_ASSERT(condition) static_cast<void>(condition)
 // A JPEG may use a Huffman table that it never defines. stb_image before 2.28 then decodes with what the memory held before, and reads
 // outside its tables; zeros are a table.
-#define STBI_MALLOC(size) std::calloc(1, size)
-#define STBI_REALLOC(pointer, size) std::realloc(pointer, size)
+#define STBI_MALLOC(size) m2lm::detail::stb::noted(std::calloc(1, size))
+#define STBI_REALLOC(pointer, size) m2lm::detail::stb::noted(std::realloc(pointer, size))
 #define STBI_FREE(pointer) std::free(pointer)
 #define STBI_NO_STDIO
 #define STBI_NO_HDR
@@ -133,6 +133,13 @@
 #pragma GCC diagnostic ignored "-Wtautological-compare"
 
 namespace m2lm::detail::stb {
+
+// stb does not always say that memory was short: this does, until it is set back.
+inline thread_local bool out_of_memory = false;
+inline void* noted(void* allocated) {
+  if (allocated == nullptr) out_of_memory = true;
+  return allocated;
+}
 
 // An empty IDAT chunk of a PNG makes stb copy no bytes to a null pointer, which C++ does not allow. The name without a namespace
 // finds this function first.

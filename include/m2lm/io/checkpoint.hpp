@@ -37,6 +37,9 @@ class Checkpoint {
   std::string_view file_of(std::string_view name) const;
   /// Sum of the sizes of all files.
   std::size_t total_bytes() const;
+  /// throws CheckpointError naming the file that was truncated, or could not be read, since it was opened: what was read of it since
+  /// then may be zeros. Ask after reading, before the values are believed.
+  void require_intact() const;
   /// Gives the pages of all files back to the system; they are read again when touched.
   void release_pages() const;
 };

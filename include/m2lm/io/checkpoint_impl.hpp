@@ -101,7 +101,7 @@ M2LM_IMPL void Checkpoint::State::add_shards(const std::string& index) {
   require<CheckpointError>(lacking.empty(), index, ": tensors are not in the shards that should hold them: ", detail::list_names(lacking));
 }
 
-M2LM_IMPL Checkpoint Checkpoint::open(std::string_view directory) {
+M2LM_IMPL Checkpoint Checkpoint::open(std::string_view directory) try {
   auto state = std::make_shared<State>();
   state->directory = std::string(directory);
   require<CheckpointError>(directory_exists(directory), directory, ": there is no such directory");
@@ -124,6 +124,8 @@ M2LM_IMPL Checkpoint Checkpoint::open(std::string_view directory) {
   const std::string meta = join_path(directory, "consolidated.00.pth");
   require<CheckpointError>(!file_exists(meta), meta, ": Meta's own layout is not supported; convert it with transformers' convert_llama_weights_to_hf.py");
   throw CheckpointError(concat(directory, ": holds neither model.safetensors nor pytorch_model.bin, nor the index of one in shards"));
+} catch (const std::bad_alloc&) {
+  detail::throw_out_of_memory("the names of a checkpoint's tensors");
 }
 
 M2LM_IMPL Checkpoint Checkpoint::of_tensors(std::string_view name, std::vector<NamedTensor> tensors) {
@@ -161,6 +163,11 @@ M2LM_IMPL std::size_t Checkpoint::total_bytes() const {
   std::size_t sum = 0;
   for (const MappedFile& file : state_->files) sum += file.bytes().size();
   return sum;
+}
+
+M2LM_IMPL void Checkpoint::require_intact() const {
+  if (!state_) return;  // a model made from a configuration has no files
+  for (const MappedFile& file : state_->files) file.require_intact();
 }
 
 M2LM_IMPL void Checkpoint::release_pages() const {

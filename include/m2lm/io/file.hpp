@@ -64,17 +64,24 @@ class MappedFile {
  public:
   MappedFile() = default;
   /// throws CheckpointError naming the file when it is missing, not a regular file, or cannot be mapped. An empty file gives no bytes.
+  /// A page that cannot be read any more (the file was truncated, or its disk fails) reads as zeros instead of ending the program:
+  /// the first call installs a SIGBUS handler for the library's own mappings, which passes everything else on to the one before it.
   static MappedFile open(std::string_view path);
 
   std::span<const std::byte> bytes() const { return {data_, size_}; }
   const std::shared_ptr<const void>& owner() const { return owner_; }
   const std::string& path() const { return path_; }
+  /// throws CheckpointError naming the file when it is shorter than when it was mapped, or a page of it could not be read.
+  void require_intact() const;
   /// Tells the system that the whole pages inside [begin, begin + length) are not needed now: they stop counting as used memory
   /// and are read again from the file when touched.
   void release(std::size_t begin, std::size_t length) const;
 };
 
 namespace detail {
+
+/// MappedFile::require_intact of the mapping that `data` lies in; nothing when it lies in none.
+void require_intact_mapping(const std::byte* data);
 
 /// Reads a file into `out`; returns what went wrong, or an empty string.
 std::string try_read_file(std::string_view path, std::size_t max_bytes, std::string& out);

@@ -5,12 +5,14 @@
 #include <m2lm/io/file.hpp>
 
 #include <fcntl.h>
+#include <signal.h>
 #include <sys/mman.h>
 #include <sys/stat.h>
 #include <unistd.h>
 
 #include <atomic>
 #include <cerrno>
+#include <csignal>
 #include <cstdio>
 #include <cstring>
 #include <system_error>
@@ -29,6 +31,7 @@ struct Descriptor {
   ~Descriptor() {
     if (fd >= 0) ::close(fd);
   }
+  Descriptor(Descriptor&& other) noexcept : fd(std::exchange(other.fd, -1)) {}
   Descriptor(const Descriptor&) = delete;
   Descriptor& operator=(const Descriptor&) = delete;
 };
@@ -74,6 +77,136 @@ M2LM_IMPL std::string try_read_file(std::string_view path, std::size_t max_bytes
   }
   out.resize(filled);
   return {};
+}
+
+// ---- mappings whose file may shrink (docs/design/003-truncated-mappings.md) ------------------------------------------------------------
+// Reading a mapped page that its file no longer has raises SIGBUS in the reading thread. For the library's own mappings a handler puts
+// zeros there and marks the mapping; whoever reads asks for the mark afterwards. The handler touches atomics and calls mmap, no more.
+
+struct Mapping;
+
+/// A slot of the list that the handler walks. Slots are never freed, only used again.
+struct MappingSlot {
+  std::atomic<std::uintptr_t> begin{0};  // 0: free; written last
+  std::atomic<std::uintptr_t> end{0};
+  std::atomic<bool> damaged{false};
+  std::atomic<const Mapping*> mapping{nullptr};
+  MappingSlot* next = nullptr;  // fixed before the slot is published
+};
+inline std::atomic<MappingSlot*> mapping_slots{nullptr};
+static_assert(std::atomic<std::uintptr_t>::is_always_lock_free && std::atomic<bool>::is_always_lock_free &&
+              std::atomic<MappingSlot*>::is_always_lock_free);
+
+/// nullptr when no mapping holds the address.
+inline MappingSlot* mapping_slot_of(std::uintptr_t address) {
+  for (MappingSlot* slot = mapping_slots.load(); slot != nullptr; slot = slot->next) {
+    const std::uintptr_t begin = slot->begin.load(), end = slot->end.load();
+    if (begin != 0 && begin <= address && address < end && slot->begin.load() == begin) return slot;
+  }
+  return nullptr;
+}
+
+inline struct sigaction previous_sigbus = {};
+inline std::uintptr_t page_bytes = 4096;
+
+inline void on_sigbus(int signal, siginfo_t* info, void* context) {
+  const int saved = errno;
+  const auto address = reinterpret_cast<std::uintptr_t>(info->si_addr);
+  if (info->si_code > 0) {  // from the kernel: the address is one
+    if (MappingSlot* slot = mapping_slot_of(address)) {
+      // All that follows too: a file cut short has none of it, and one signal for each page would take long.
+      const std::uintptr_t page = address / page_bytes * page_bytes;
+      slot->damaged.store(true);
+      if (::mmap(reinterpret_cast<void*>(page), slot->end.load() - page, PROT_READ, MAP_PRIVATE | MAP_ANONYMOUS | MAP_FIXED | MAP_NORESERVE, -1, 0) !=
+          MAP_FAILED) {
+        errno = saved;
+        return;
+      }
+    }
+  }
+  errno = saved;
+  if ((previous_sigbus.sa_flags & SA_SIGINFO) != 0 && previous_sigbus.sa_sigaction != nullptr) return previous_sigbus.sa_sigaction(signal, info, context);
+  if (previous_sigbus.sa_handler != SIG_DFL && previous_sigbus.sa_handler != SIG_IGN) return previous_sigbus.sa_handler(signal);
+  if (info->si_code <= 0 && previous_sigbus.sa_handler == SIG_IGN) return;
+  // The default: the instruction runs again, or the signal is sent again, and ends the program.
+  struct sigaction standard {};
+  standard.sa_handler = SIG_DFL;
+  ::sigaction(SIGBUS, &standard, nullptr);
+  if (info->si_code <= 0) ::raise(signal);
+}
+
+inline bool install_sigbus_handler() {
+  page_bytes = static_cast<std::uintptr_t>(::sysconf(_SC_PAGESIZE));
+  if (::sigaction(SIGBUS, nullptr, &previous_sigbus) != 0) return false;
+  struct sigaction own {};
+  own.sa_sigaction = on_sigbus;
+  own.sa_flags = SA_SIGINFO | SA_ONSTACK | SA_RESTART;
+  ::sigemptyset(&own.sa_mask);
+  return ::sigaction(SIGBUS, &own, nullptr) == 0;
+}
+
+/// A mapped file and its place in the list.
+struct Mapping {
+  Descriptor file;
+  std::string path;
+  void* address = nullptr;
+  std::size_t size = 0;
+  MappingSlot* slot = nullptr;
+
+  /// throws CheckpointError, and std::bad_alloc before anything is mapped.
+  Mapping(Descriptor&& descriptor, std::string_view name, std::size_t bytes) : file(std::move(descriptor)), path(name), size(bytes) {
+    static const bool installed = install_sigbus_handler();
+    require<CheckpointError>(installed, path, ": cannot map the file: no handler for SIGBUS can be installed");
+    slot = take_slot();
+    address = ::mmap(nullptr, size, PROT_READ, MAP_PRIVATE, file.fd, 0);
+    if (address == MAP_FAILED) {
+      const int error = errno;
+      slot->mapping.store(nullptr);
+      const std::string message = concat(path, ": cannot map the file into memory: ", system_message(error));
+      if (error == ENOMEM) throw CapacityError(message);
+      throw CheckpointError(message);
+    }
+    const auto begin = reinterpret_cast<std::uintptr_t>(address);
+    slot->damaged.store(false);
+    slot->end.store(begin + (size + page_bytes - 1) / page_bytes * page_bytes);
+    slot->begin.store(begin);
+  }
+  ~Mapping() {
+    slot->begin.store(0);
+    ::munmap(address, size);
+    slot->mapping.store(nullptr);
+  }
+  Mapping(const Mapping&) = delete;
+  Mapping& operator=(const Mapping&) = delete;
+
+  void require_intact() const {
+    if (M2LM_FAULT(56)) return;
+    struct stat status {};
+    const bool shorter = ::fstat(file.fd, &status) != 0 || static_cast<std::uintmax_t>(status.st_size) < size;
+    require<CheckpointError>(!shorter, path, ": the file was truncated while it was in use: it has ", static_cast<std::int64_t>(status.st_size), " of ", size,
+                             " bytes; load the checkpoint again when it is whole");
+    require<CheckpointError>(!slot->damaged.load(), path, ": a part of the file could not be read while it was in use (it was truncated, or its disk fails); "
+                             "load the checkpoint again when it is whole");
+  }
+
+ private:
+  MappingSlot* take_slot() {
+    for (MappingSlot* s = mapping_slots.load(); s != nullptr; s = s->next) {
+      const Mapping* none = nullptr;
+      if (s->mapping.compare_exchange_strong(none, this)) return s;
+    }
+    auto* fresh = new MappingSlot;  // stays reachable from the list to the end of the program
+    fresh->mapping.store(this);
+    fresh->next = mapping_slots.load();
+    while (!mapping_slots.compare_exchange_weak(fresh->next, fresh)) {
+    }
+    return fresh;
+  }
+};
+
+M2LM_IMPL void require_intact_mapping(const std::byte* data) {
+  if (const MappingSlot* slot = mapping_slot_of(reinterpret_cast<std::uintptr_t>(data)))
+    if (const Mapping* mapping = slot->mapping.load()) mapping->require_intact();
 }
 
 }  // namespace detail
@@ -160,18 +293,21 @@ M2LM_IMPL void write_file(std::string_view path, std::span<const std::byte> byte
 M2LM_IMPL MappedFile MappedFile::open(std::string_view path) {
   MappedFile out;
   out.path_ = std::string(path);
-  const detail::Descriptor file(::open(out.path_.c_str(), O_RDONLY | O_CLOEXEC));
+  detail::Descriptor file(::open(out.path_.c_str(), O_RDONLY | O_CLOEXEC));
   if (file.fd < 0) throw CheckpointError(concat(path, ": cannot open the file: ", detail::system_message(errno)));
   struct stat status {};
   if (::fstat(file.fd, &status) != 0) throw CheckpointError(concat(path, ": cannot read the file: ", detail::system_message(errno)));
   if (!S_ISREG(status.st_mode)) throw CheckpointError(concat(path, ": is not a regular file"));
   out.size_ = static_cast<std::size_t>(status.st_size);
   if (out.size_ == 0) return out;
-  void* address = ::mmap(nullptr, out.size_, PROT_READ, MAP_PRIVATE, file.fd, 0);
-  if (address == MAP_FAILED) throw CheckpointError(concat(path, ": cannot map the file into memory: ", detail::system_message(errno)));
-  out.data_ = static_cast<const std::byte*>(address);
-  out.owner_ = std::shared_ptr<const void>(address, [size = out.size_](const void* p) { ::munmap(const_cast<void*>(p), size); });
+  auto mapping = std::make_shared<detail::Mapping>(std::move(file), path, out.size_);
+  out.data_ = static_cast<const std::byte*>(mapping->address);
+  out.owner_ = std::move(mapping);
   return out;
+}
+
+M2LM_IMPL void MappedFile::require_intact() const {
+  if (owner_) static_cast<const detail::Mapping*>(owner_.get())->require_intact();
 }
 
 M2LM_IMPL void MappedFile::release(std::size_t begin, std::size_t length) const {

@@ -12,6 +12,7 @@
 #include <cstdlib>
 #include <limits>
 #include <memory>
+#include <new>
 #include <string>
 
 namespace m2lm {
@@ -165,7 +166,7 @@ M2LM_IMPL Image decode_pnm(std::span<const std::byte> bytes, std::string_view na
 
 }  // namespace detail
 
-M2LM_IMPL Image decode_image(std::span<const std::byte> bytes, std::string_view name, const ImageLimits& limits) {
+M2LM_IMPL Image decode_image(std::span<const std::byte> bytes, std::string_view name, const ImageLimits& limits) try {
   require<InputError>(!bytes.empty(), name, ": the image is empty (0 bytes)");
   require<InputError>(bytes.size() <= limits.max_file_bytes && bytes.size() <= static_cast<std::size_t>(INT_MAX), name, ": the image has ",
                       bytes.size(), " bytes, more than is read");
@@ -183,7 +184,9 @@ M2LM_IMPL Image decode_image(std::span<const std::byte> bytes, std::string_view 
   const auto* data = reinterpret_cast<const unsigned char*>(bytes.data());
   const int size = static_cast<int>(bytes.size());
   int width = 0, height = 0, channels = 0;
+  detail::stb::out_of_memory = false;
   if (!detail::stb::m2lm_stbi_info_from_memory(data, size, &width, &height, &channels)) {
+    if (detail::stb::out_of_memory) throw std::bad_alloc();
     // stb tries all formats in turn and keeps the reason of the last only.
     throw InputError(concat(name, ": the ", format, " image cannot be read: its header is damaged, truncated or promises too many pixels",
                             format == "JPEG" ? ", or the picture is of 12 bits or coded arithmetically, which is not supported" : ""));
@@ -198,6 +201,7 @@ M2LM_IMPL Image decode_image(std::span<const std::byte> bytes, std::string_view 
       release);
   if (!decoded) {
     const char* reason = detail::stb::m2lm_stbi_failure_reason();
+    if (detail::stb::out_of_memory) throw std::bad_alloc();
     throw InputError(concat(name, ": the ", format, " image cannot be read: ", reason && *reason ? reason : "its data end early or contradict its header",
                             "; the file is damaged or truncated"));
   }
@@ -214,11 +218,15 @@ M2LM_IMPL Image decode_image(std::span<const std::byte> bytes, std::string_view 
     out.pixels.assign(rgb, rgb + 3 * area);
   }
   return out;
+} catch (const std::bad_alloc&) {
+  detail::throw_out_of_memory("a picture");
 }
 
-M2LM_IMPL Image load_image(std::string_view path, const ImageLimits& limits) {
+M2LM_IMPL Image load_image(std::string_view path, const ImageLimits& limits) try {
   const std::string bytes = read_file(path, limits.max_file_bytes);
   return decode_image(std::as_bytes(std::span(bytes.data(), bytes.size())), path, limits);
+} catch (const std::bad_alloc&) {
+  detail::throw_out_of_memory("a picture");
 }
 
 M2LM_IMPL void save_png(std::string_view path, const Image& image) {

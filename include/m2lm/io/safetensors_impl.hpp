@@ -205,6 +205,7 @@ M2LM_IMPL Safetensors Safetensors::open(std::string_view path) {
     before = name;
   }
   check(covered == bytes.size(), "the tensors cover ", covered - data_begin, " bytes of data, the file holds ", data_bytes);
+  file->mapping.require_intact();
   Safetensors out;
   out.file_ = std::move(file);
   return out;
@@ -253,6 +254,7 @@ M2LM_IMPL void write_safetensors(std::string_view path, std::span<const NamedTen
   writer.write(std::as_bytes(std::span(&length, 1)));
   writer.write(text);
   for (const NamedTensor& item : tensors) writer.write({item.tensor.data(), item.tensor.bytes()});
+  for (const NamedTensor& item : tensors) detail::require_intact_mapping(item.tensor.data());
   writer.commit();
 }
 

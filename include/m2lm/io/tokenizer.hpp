@@ -40,6 +40,8 @@ class Tokenizer {
 
   /// Id of a piece or an added token, exactly as written in the vocabulary.
   std::optional<std::int32_t> token_id(std::string_view piece) const;
+  /// True when the vocabulary has text for the id.
+  bool contains(std::int32_t id) const;
   /// throws InputError naming the id and the vocabulary's size.
   const std::string& piece(std::int32_t id) const;
   bool is_special(std::int32_t id) const;

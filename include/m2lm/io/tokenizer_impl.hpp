@@ -403,7 +403,7 @@ M2LM_IMPL Tokenizer Tokenizer::from_tokenizer_json(std::string_view directory) {
   return out;
 }
 
-M2LM_IMPL Tokenizer Tokenizer::from_directory(std::string_view directory) {
+M2LM_IMPL Tokenizer Tokenizer::from_directory(std::string_view directory) try {
   const std::string path = join_path(directory, "tokenizer.model");
   if (!file_exists(path)) {
     if (file_exists(join_path(directory, "tokenizer.json"))) return from_tokenizer_json(directory);
@@ -479,9 +479,11 @@ M2LM_IMPL Tokenizer Tokenizer::from_directory(std::string_view directory) {
   Tokenizer out;
   out.state_ = std::move(state);
   return out;
+} catch (const std::bad_alloc&) {
+  detail::throw_out_of_memory("reading a tokenizer");
 }
 
-M2LM_IMPL std::vector<std::int32_t> Tokenizer::encode(std::string_view text, bool add_bos) const {
+M2LM_IMPL std::vector<std::int32_t> Tokenizer::encode(std::string_view text, bool add_bos) const try {
   std::vector<std::int32_t> out;
   if (state_->bpe) {
     if (add_bos) out = state_->lead;
@@ -514,13 +516,17 @@ M2LM_IMPL std::vector<std::int32_t> Tokenizer::encode(std::string_view text, boo
   }
   state_->encode_stretch(text.substr(begin), begin == 0, out);
   return out;
+} catch (const std::bad_alloc&) {
+  detail::throw_out_of_memory("encoding a text");
 }
 
-M2LM_IMPL std::string Tokenizer::decode(std::span<const std::int32_t> ids, bool skip_special) const {
+M2LM_IMPL std::string Tokenizer::decode(std::span<const std::int32_t> ids, bool skip_special) const try {
   TokenStream stream(*this, skip_special);
   std::string out;
   for (const std::int32_t id : ids) out += stream.push(id);
   return out + stream.finish();
+} catch (const std::bad_alloc&) {
+  detail::throw_out_of_memory("decoding a text");
 }
 
 M2LM_IMPL std::optional<std::int32_t> Tokenizer::token_id(std::string_view piece) const {
@@ -529,6 +535,9 @@ M2LM_IMPL std::optional<std::int32_t> Tokenizer::token_id(std::string_view piece
   return found->second;
 }
 
+M2LM_IMPL bool Tokenizer::contains(std::int32_t id) const {
+  return id >= 0 && id < vocab_size() && !state_->tokens[static_cast<std::size_t>(id)].text.empty();
+}
 M2LM_IMPL const std::string& Tokenizer::piece(std::int32_t id) const { return state_->token(id).text; }
 M2LM_IMPL bool Tokenizer::is_special(std::int32_t id) const { return state_->token(id).special; }
 M2LM_IMPL std::optional<std::int32_t> Tokenizer::bos() const { return state_->bos; }

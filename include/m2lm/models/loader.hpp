@@ -27,6 +27,10 @@ struct NamedParameter {
   Parameter* parameter;
 };
 /// `stored`, if given, gets the name in the checkpoint of each parameter.
+/// Names the first NaN or infinity in each of the parameters' values, with file, index and count, one per line and at most 20; empty
+/// when all are finite.
+std::string non_finite_values(std::span<const NamedParameter> parameters, const Checkpoint& checkpoint);
+
 LoadReport bind_parameters(std::span<const NamedParameter> parameters, const Checkpoint& checkpoint, std::span<const NameRule> rules,
                            std::vector<std::string>* stored = nullptr);
 

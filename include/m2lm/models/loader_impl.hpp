@@ -6,7 +6,10 @@
 #include <m2lm/models/loader.hpp>
 
 #include <algorithm>
+#include <cstring>
+#include <map>
 #include <set>
+#include <utility>
 
 namespace m2lm {
 
@@ -24,6 +27,62 @@ M2LM_IMPL void require_complete(const LoadReport& report, std::string_view direc
 }
 
 namespace detail {
+
+/// Counts the elements whose exponent has all bits set, and gives the index of the first.
+template <class Bits>
+std::pair<std::int64_t, std::int64_t> count_non_finite(const AnyTensor& tensor, Bits exponent) {
+  std::int64_t count = 0, first = -1;
+  for (std::int64_t i = 0; i < tensor.shape().elements(); ++i) {
+    Bits bits = 0;
+    std::memcpy(&bits, tensor.data() + static_cast<std::size_t>(i) * sizeof(Bits), sizeof(Bits));
+    if ((bits & exponent) != exponent) continue;
+    if (count++ == 0) first = i;
+  }
+  return {count, first};
+}
+
+M2LM_IMPL std::string non_finite_values(std::span<const NamedParameter> parameters, const Checkpoint& checkpoint) {
+  // The report says the file's own name of a tensor, which a parameter does not know.
+  std::map<const std::byte*, std::string> stored;
+  for (const std::string& name : checkpoint.names()) {
+    try {
+      if (const AnyTensor* tensor = checkpoint.find(name)) stored.emplace(tensor->data(), name);
+    } catch (const CheckpointError&) {
+      // Of a dtype that is not known: then it is no parameter.
+    }
+  }
+  std::string out;
+  std::size_t damaged = 0;
+  for (const NamedParameter& p : parameters) {
+    const AnyTensor& tensor = p.parameter->value;
+    if (!tensor.has_value() || M2LM_FAULT(57)) continue;
+    std::pair<std::int64_t, std::int64_t> found{0, -1};
+    switch (tensor.dtype()) {
+      case DType::f64: found = count_non_finite<std::uint64_t>(tensor, 0x7ff0000000000000U); break;
+      case DType::f32: found = count_non_finite<std::uint32_t>(tensor, 0x7f800000U); break;
+      case DType::bf16: found = count_non_finite<std::uint16_t>(tensor, 0x7f80U); break;
+      case DType::f16: found = count_non_finite<std::uint16_t>(tensor, 0x7c00U); break;
+      default: break;
+    }
+    const auto [count, first] = found;
+    if (count == 0) continue;
+    constexpr std::size_t most = 20;
+    if (++damaged > most) continue;
+    std::string index;
+    std::int64_t rest = first;
+    for (int i = tensor.shape().rank() - 1; i >= 0; --i) {
+      index = concat(rest % tensor.shape()[i], index.empty() ? "" : ", ", index);
+      rest /= tensor.shape()[i];
+    }
+    const auto name = stored.find(tensor.data());
+    const double value = tensor.at(first);
+    out += concat("\n  tensor \"", name == stored.end() ? p.name : name->second, "\"", name == stored.end() ? "" : concat(" (", checkpoint.file_of(name->second), ")"),
+                  ": element [", index, "] of ", tensor.shape().string(), " is ", value != value ? "NaN" : value > 0 ? "inf" : "-inf", "; ", count,
+                  " such elements in all");
+  }
+  if (damaged > 20) out += concat("\n  and ", damaged - 20, " more tensors");
+  return out;
+}
 
 M2LM_IMPL LoadReport bind_parameters(std::span<const NamedParameter> parameters, const Checkpoint& checkpoint, std::span<const NameRule> rules,
                                      std::vector<std::string>* stored_as) {

@@ -17,6 +17,7 @@
 
 #include <algorithm>
 #include <memory>
+#include <new>
 #include <optional>
 #include <span>
 #include <string>
@@ -32,6 +33,7 @@ struct LoadOptions {
   std::string_view template_name = {};                         ///< chat template instead of the checkpoint's
   FunctionRef<void(double)> progress = {};                     ///< fraction done, 0 to 1
   bool allow_unexpected = true;                                ///< false: tensors that the model does not know are an error
+  bool check = false;                                          ///< true: NaN or infinity among the weights is an error that names them all
   std::size_t memory_limit = 0;                                ///< bytes the packed model may take; 0 = what the system has free
   std::string_view tokenizer_directory = {};                   ///< of from_config: where the tokenizer and preprocessor files are, if any
 };
@@ -180,6 +182,8 @@ class Model {
   void for_each_component(F&& f) const;
   Model() = default;
   const ChatTemplate& template_of(const PromptType& prompt) const;
+  /// Which weights a NaN in the logits comes from, as detail::non_finite_values says it.
+  std::string non_finite_weights() const;
   std::vector<std::int32_t> encode_text(std::string_view text, bool add_bos) const;
   std::vector<std::int32_t> prompt_ids(const PromptType& prompt, bool first = true) const;
   Embedded embed_media(Context<B>& ctx, const PromptType& prompt, std::vector<std::int32_t> ids) const;
@@ -211,12 +215,14 @@ Model<B, P, D, C...>::State::State(B b, detail::ModelFiles f, const Precision& p
 }
 
 template <class B, Precision P, class D, class... C>
-Model<B, P, D, C...> Model<B, P, D, C...>::from_pretrained(std::string_view directory, B backend, const LoadOptions& options) {
+Model<B, P, D, C...> Model<B, P, D, C...>::from_pretrained(std::string_view directory, B backend, const LoadOptions& options) try {
   return load(detail::open_model_files(directory, options.template_name), std::move(backend), options);
+} catch (const std::bad_alloc&) {
+  detail::throw_out_of_memory("loading a model");
 }
 
 template <class B, Precision P, class D, class... C>
-Model<B, P, D, C...> Model<B, P, D, C...>::from_config(const ConfigValue& config, std::uint64_t seed, B backend, const LoadOptions& options) {
+Model<B, P, D, C...> Model<B, P, D, C...>::from_config(const ConfigValue& config, std::uint64_t seed, B backend, const LoadOptions& options) try {
   detail::ModelFiles files = detail::model_files_of_config(config, options.tokenizer_directory, options.template_name);
   {
     const State shapes(backend, files, P);
@@ -232,16 +238,29 @@ Model<B, P, D, C...> Model<B, P, D, C...>::from_config(const ConfigValue& config
     files.checkpoint = detail::initial_checkpoint(files.config, named, seed);
   }
   return load(std::move(files), std::move(backend), options);
+} catch (const std::bad_alloc&) {
+  detail::throw_out_of_memory("making a model");
 }
 
 template <class B, Precision P, class D, class... C>
-void Model<B, P, D, C...>::save_pretrained(std::string_view directory, const SaveOptions& options) const {
+void Model<B, P, D, C...>::save_pretrained(std::string_view directory, const SaveOptions& options) const try {
   std::vector<detail::NamedParameter> parameters;
   const auto collect = [&](std::string_view name, Parameter& p) { parameters.push_back({std::string(name), &p}); };
   for_each_parameter(collect, state_->decoder);
   std::apply([&](auto&... c) { (for_each_parameter(collect, c), ...); }, state_->component);
   const detail::ModelFiles& files = state_->files;
   detail::save_model(directory, {.directory = files.directory, .config = files.config, .checkpoint = files.checkpoint, .parameters = parameters}, options);
+} catch (const std::bad_alloc&) {
+  detail::throw_out_of_memory("saving a model");
+}
+
+template <class B, Precision P, class D, class... C>
+std::string Model<B, P, D, C...>::non_finite_weights() const {
+  std::vector<detail::NamedParameter> parameters;
+  const auto collect = [&](std::string_view name, Parameter& p) { parameters.push_back({std::string(name), &p}); };
+  for_each_parameter(collect, state_->decoder);
+  std::apply([&](auto&... c) { (for_each_parameter(collect, c), ...); }, state_->component);
+  return detail::non_finite_values(parameters, state_->files.checkpoint);
 }
 
 template <class B, Precision P, class D, class... C>
@@ -279,6 +298,10 @@ Model<B, P, D, C...> Model<B, P, D, C...>::load(detail::ModelFiles files, B back
   if (!options.allow_unexpected && !state.report.unexpected.empty())
     throw CheckpointError(concat("m2lm: the checkpoint in ", directory, " holds tensors that the model does not know:", state.report.string()));
 
+  if (options.check) {
+    const std::string bad = detail::non_finite_values(parameters, state.files.checkpoint);
+    require<CheckpointError>(bad.empty(), "m2lm: the checkpoint in ", directory, " holds weights that are not finite:", bad);
+  }
   detail::require_memory(directory, needed, options.memory_limit, precision.weights);
 
   Arena arena;
@@ -290,6 +313,7 @@ Model<B, P, D, C...> Model<B, P, D, C...>::load(detail::ModelFiles files, B back
   });
   std::apply([&](auto&... c) { (c.prepare(ctx, precision), ...); }, state.component);
   if (options.progress) options.progress(1.0);
+  state.files.checkpoint.require_intact();
   state.files.checkpoint.release_pages();
   return model;
 }
@@ -415,7 +439,7 @@ std::vector<std::int32_t> Model<B, P, D, C...>::input_ids(const PromptType& prom
 
 template <class B, Precision P, class D, class... C>
 template <FixedString Name, class Input>
-auto Model<B, P, D, C...>::encode(const Input& input) const {
+auto Model<B, P, D, C...>::encode(const Input& input) const try {
   constexpr std::size_t index = detail::component_index<Name, C...>();
   static_assert(index < sizeof...(C), "m2lm::Model::encode<name>: this model has no component of that name");
   Arena arena;
@@ -425,6 +449,8 @@ auto Model<B, P, D, C...>::encode(const Input& input) const {
     return std::move(out.token_ids);
   else
     return std::move(out.embeddings);
+} catch (const std::bad_alloc&) {
+  detail::throw_out_of_memory("encoding an input");
 }
 
 template <class B, Precision P, class D, class... C>
@@ -441,7 +467,7 @@ auto Model<B, P, D, C...>::logits(const PromptType& prompt) const -> Tensor<Scal
 }
 
 template <class B, Precision P, class D, class... C>
-auto Model<B, P, D, C...>::logits(std::span<const PromptType> prompts) const -> std::vector<Tensor<Scalar>> {
+auto Model<B, P, D, C...>::logits(std::span<const PromptType> prompts) const -> std::vector<Tensor<Scalar>> try {
   Arena arena;
   Context<B> ctx{state_->backend, arena, &state_->decoder.embed_tokens.weight.value};
   std::vector<Embedded> embedded;
@@ -474,11 +500,14 @@ auto Model<B, P, D, C...>::logits(std::span<const PromptType> prompts) const -> 
     out.emplace_back(Shape{s.count, config.vocab_size});
     state_->decoder.head.forward(ctx, h.rows(s.begin, s.begin + s.count), out.back().template view<2>());
   }
+  state_->files.checkpoint.require_intact();
   return out;
+} catch (const std::bad_alloc&) {
+  detail::throw_out_of_memory("the logits of a prompt");
 }
 
 template <class B, Precision P, class D, class... C>
-auto Model<B, P, D, C...>::hidden_states(const PromptType& prompt, std::span<const int> layers) const -> std::vector<Tensor<Scalar>> {
+auto Model<B, P, D, C...>::hidden_states(const PromptType& prompt, std::span<const int> layers) const -> std::vector<Tensor<Scalar>> try {
   Arena arena;
   Context<B> ctx{state_->backend, arena, &state_->decoder.embed_tokens.weight.value};
   const Embedded embedded = embed_media(ctx, prompt, prompt_ids(prompt));
@@ -508,7 +537,10 @@ auto Model<B, P, D, C...>::hidden_states(const PromptType& prompt, std::span<con
   });
   std::vector<Tensor<Scalar>> out;
   for (const std::int64_t i : wanted) out.push_back(all[static_cast<std::size_t>(i)].clone());
+  state_->files.checkpoint.require_intact();
   return out;
+} catch (const std::bad_alloc&) {
+  detail::throw_out_of_memory("the hidden states of a prompt");
 }
 
 template <class B, Precision P, class D, class... C>
@@ -517,8 +549,10 @@ Generation Model<B, P, D, C...>::generate(const PromptType& prompt, const Genera
 }
 
 template <class B, Precision P, class D, class... C>
-auto Model<B, P, D, C...>::session(const SessionOptions& options) const -> Session {
+auto Model<B, P, D, C...>::session(const SessionOptions& options) const -> Session try {
   return Session(*this, options);
+} catch (const std::bad_alloc&) {
+  detail::throw_out_of_memory("a session");
 }
 
 template <class B, Precision P, class D, class... C>

@@ -14,6 +14,7 @@
 
 #include <algorithm>
 #include <chrono>
+#include <new>
 #include <optional>
 #include <span>
 #include <string>
@@ -94,7 +95,7 @@ BasicSession<M>::BasicSession(M model, const SessionOptions& options) : model_(s
 }
 
 template <class M>
-Generation BasicSession<M>::generate(const typename M::PromptType& prompt, const GenerateOptions& options) {
+Generation BasicSession<M>::generate(const typename M::PromptType& prompt, const GenerateOptions& options) try {
   using Clock = std::chrono::steady_clock;
   const auto seconds_since = [](Clock::time_point start) { return std::chrono::duration<double>(Clock::now() - start).count(); };
   const auto& state = *model_.state_;
@@ -194,15 +195,21 @@ Generation BasicSession<M>::generate(const typename M::PromptType& prompt, const
     state.decoder.norm.forward(ctx, last_hidden.template view<2>(), normed);
     state.decoder.head.forward(ctx, normed, logits.template view<2>());
     for (std::int64_t i = 0; i < config.vocab_size; ++i) processed.data()[i] = static_cast<float>(logits.data()[i]);
-    const std::int32_t token = sampler.sample(processed.span(), history_, rng_);
+    state.files.checkpoint.require_intact();  // embeddings are read from the file
+    std::int32_t token = 0;
+    try {
+      token = sampler.sample(processed.span(), history_, rng_);
+    } catch (const NumericError& error) {
+      throw NumericError(error.what() + model_.non_finite_weights());
+    }
     result.tokens.push_back(token);
     pending_.push_back(token);
     if (matcher.is_stop_token(token)) {
       result.finish_reason = FinishReason::stop_token;
       break;
     }
-    // A vocabulary may be padded: an id behind the tokenizer's last has no text.
-    if (stream && token < state.files.tokenizer->vocab_size()) {
+    // A vocabulary may be padded, or leave ids out: those have no text.
+    if (stream && state.files.tokenizer->contains(token)) {
       const std::string_view text = stream->push(token);
       const StopMatcher::Output out = matcher.push(text);
       emit(out.text);
@@ -222,6 +229,8 @@ Generation BasicSession<M>::generate(const typename M::PromptType& prompt, const
   result.timings.decode_seconds = seconds_since(start);
   restore.done = true;
   return result;
+} catch (const std::bad_alloc&) {
+  detail::throw_out_of_memory("an answer");
 }
 
 }  // namespace m2lm

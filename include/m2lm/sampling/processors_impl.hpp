@@ -18,7 +18,7 @@ inline constexpr float removed_logit = -std::numeric_limits<float>::infinity();
 [[noreturn]] M2LM_IMPL void throw_unusable_logit(std::span<const float> row, std::int64_t row_index) {
   std::size_t i = 0;
   while (row[i] < std::numeric_limits<float>::infinity()) ++i;
-  throw Error(concat("m2lm: the logit of token ", i, " (row ", row_index, ") is ", std::isnan(row[i]) ? "NaN" : "+inf",
+  throw NumericError(concat("m2lm: the logit of token ", i, " (row ", row_index, ") is ", std::isnan(row[i]) ? "NaN" : "+inf",
                      ": the weights are damaged or the precision is too low for this model; try f32"));
 }
 

@@ -9,10 +9,12 @@
 
 namespace m2lm {
 
-M2LM_IMPL Cpu::Cpu(const CpuOptions& options) {
+M2LM_IMPL Cpu::Cpu(const CpuOptions& options) try {
   const IsaLevel allowed = default_isa();
   const IsaLevel level = options.max_isa && *options.max_isa < allowed ? *options.max_isa : allowed;
   state_ = std::make_shared<State>(options.threads, &detail::kernel_table(level, options.bf16_dot.value_or(detail::fast_bf16_dot())));
+} catch (const std::bad_alloc&) {
+  detail::throw_out_of_memory("a backend");
 }
 
 namespace detail {
