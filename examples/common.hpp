@@ -44,7 +44,7 @@ class UsageError : public std::runtime_error {
 struct Options {
   std::string model, precision = "bf16", template_name, dump;
   int threads = 0;
-  bool json = false, timings = false;
+  bool json = false, timings = false, check = false;
   m2lm::GenerateOptions generate{};
 };
 
@@ -54,6 +54,7 @@ inline void add_options(CLI::App& app, Options& o) {
   app.add_option("--precision", o.precision, "Format of the packed weights")->check(CLI::IsMember({"f32", "bf16"}))->capture_default_str();
   app.add_option("--template", o.template_name, "Chat template instead of the checkpoint's")->type_name("NAME");
   app.add_option("--threads", o.threads, "Threads to work with; 0 = one per core")->check(CLI::Range(0, 1024))->type_name("N");
+  app.add_flag("--check", o.check, "Refuse a checkpoint with NaN or infinity among its weights, and name them");
 
   CLI::Option_group* sampling = app.add_option_group("Generation");
   m2lm::GenerateOptions& g = o.generate;
@@ -215,7 +216,7 @@ struct Report {
 template <class M>
 M load_model(const Options& o, Report& report) {
   const Stopwatch watch;
-  m2lm::LoadOptions options{.template_name = o.template_name};
+  m2lm::LoadOptions options{.template_name = o.template_name, .check = o.check};
   options.precision = m2lm::Precision{.weights = o.precision == "f32" ? m2lm::DType::f32 : m2lm::DType::bf16};
   ProgressBar bar;
   options.progress = bar;
