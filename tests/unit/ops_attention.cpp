@@ -22,11 +22,13 @@ struct Problem {
   std::int64_t tokens = 1, kv_heads = 1, group = 1, head_dim = 1, keys = 1, first = 0, capacity = 1, extra = 0;
   AttentionMask mask{};
   double scale = 1;
+  Sinks sinks{};
 
   std::int64_t heads() const { return kv_heads * group; }
   std::string string() const {
     return concat("tokens=", tokens, " kv_heads=", kv_heads, " group=", group, " head_dim=", head_dim, " keys=", keys, " first=", first,
-                  " capacity=", capacity, " extra=", extra, " causal=", mask.causal, " window=", mask.window, " scale=", scale);
+                  " capacity=", capacity, " extra=", extra, " causal=", mask.causal, " window=", mask.window, " scale=", scale,
+                  sinks.zero_logit ? " with a sink" : "");
   }
 };
 
@@ -43,7 +45,7 @@ void attend(Runner<B>& runner, const Problem& p, DType format, Matrix<const Scal
             Matrix<ScalarOf<B>> y) {
   Cache<B> cache(runner.ctx, format, p.kv_heads, p.head_dim, p.capacity);
   ops::append_key_values(runner.ctx, k, v, 0, cache.kv);
-  ops::attention(runner.ctx, q, cache.kv, p.keys, p.first, p.mask, p.scale, y);
+  ops::attention(runner.ctx, q, cache.kv, p.keys, p.first, p.mask, p.scale, y, p.sinks);
 }
 
 struct Expected {
@@ -138,6 +140,7 @@ Problem random_problem(Random& random) {
   p.capacity = p.keys + random.integer(0, 40);
   p.extra = random.coin() ? random.integer(1, 9) : 0;
   p.scale = 1 / std::sqrt(static_cast<double>(p.head_dim));
+  p.sinks.zero_logit = random.integer(0, 2) == 0;
   return p;
 }
 
@@ -165,6 +168,36 @@ TEST_CASE("attention: chosen shapes") {
   SUBCASE("more than a tile of rows of one group") {
     check_everywhere({.tokens = 3, .kv_heads = 1, .group = 71, .head_dim = 24, .keys = 130, .first = 127, .capacity = 130, .mask = causal, .scale = 0.2}, 7);
   }
+}
+
+TEST_CASE("attention: a sink is a key of zeros with a value of zeros, and alone it gives zero") {
+  Random random(403);
+  Problem p{.tokens = 7, .kv_heads = 2, .group = 2, .head_dim = 5, .keys = 20, .capacity = 21, .scale = 0.4};
+  const Data data(p, DType::f32, random);
+  Runner<Reference<double>> reference;
+  const Tensor<double> q = converted<double>(data.q), k = converted<double>(data.k), v = converted<double>(data.v);
+  Tensor<double> longer_k(Shape{21, 10}), longer_v(Shape{21, 10}), with_row(Shape{7, 20}), with_sink(Shape{7, 20});
+  std::copy_n(k.data(), k.elements(), longer_k.data());
+  std::copy_n(v.data(), v.elements(), longer_v.data());
+  p.keys = 21;
+  attend(reference, p, DType::f32, matrix(q), matrix(longer_k), matrix(longer_v), with_row.view<2>());
+  p.keys = 20;
+  p.sinks.zero_logit = true;
+  attend(reference, p, DType::f32, matrix(q), matrix(k), matrix(v), with_sink.view<2>());
+  for (std::int64_t i = 0; i < 140; ++i) CHECK(with_sink.data()[i] == doctest::Approx(with_row.data()[i]).epsilon(1e-14));
+
+  const auto nothing_seen = [&]<class B>(Runner<B> runner, DType format) {
+    using S = ScalarOf<B>;
+    Cache<B> cache(runner.ctx, format, 1, 4, 8);
+    Tensor<S> one(Shape{1, 4}), y(Shape{1, 4});
+    for (S& x : one.span()) x = S(3);
+    for (S& x : y.span()) x = S(-77);
+    ops::attention(runner.ctx, matrix(one), cache.kv, 0, 0, {}, 1.0, y.template view<2>(), Sinks{.zero_logit = true});
+    for (const S x : y.span()) CHECK(x == S(0));
+  };
+  nothing_seen(Runner<Reference<double>>(), DType::f32);
+  for (const DType format : formats)
+    for (const Variant& variant : variants(format)) nothing_seen(Runner<Cpu>(Cpu(variant.options(1))), format);
 }
 
 TEST_CASE("attention: scores far apart keep the softmax exact") {
@@ -216,7 +249,7 @@ TEST_CASE("attention: the bits do not depend on chunks, on keys behind, on stale
               const std::int64_t keys = p.mask.causal ? p.first + end : p.keys;
               ops::append_key_values(cpu.ctx, matrix(data.k).rows(stored, keys), matrix(data.v).rows(stored, keys), stored, cache.kv);
               stored = keys;
-              ops::attention(cpu.ctx, matrix(data.q).rows(t, end), cache.kv, keys, p.first + t, p.mask, p.scale, y.view<2>().rows(t, end));
+              ops::attention(cpu.ctx, matrix(data.q).rows(t, end), cache.kv, keys, p.first + t, p.mask, p.scale, y.view<2>().rows(t, end), p.sinks);
             }
             return y;
           };
