@@ -34,6 +34,10 @@
 #include <m2lm/sampling/options.hpp>
 #include <m2lm/sampling/processors.hpp>
 #include <m2lm/sampling/stop.hpp>
+#include <m2lm/train/adamw.hpp>
+#include <m2lm/train/schedule.hpp>
+#include <m2lm/train/selection.hpp>
+#include <m2lm/train/trainer.hpp>
 #include <m2lm/version.hpp>
 
 #if !defined(M2LM_SEPARATE_IMPL)

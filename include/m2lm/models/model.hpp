@@ -64,6 +64,10 @@ struct ModelAccess {
   static auto& state(const M& model) {
     return *model.state_;
   }
+  template <class M, class P>
+  static std::vector<std::int32_t> prompt_ids(const M& model, const P& prompt, std::string_view answer = {}) {
+    return model.prompt_ids(prompt, true, answer);
+  }
 };
 
 /// The token that begins a sequence: the tokenizer's, or without one config.json's bos_token_id.
@@ -185,7 +189,8 @@ class Model {
   /// Which weights a NaN in the logits comes from, as detail::non_finite_values says it.
   std::string non_finite_weights() const;
   std::vector<std::int32_t> encode_text(std::string_view text, bool add_bos) const;
-  std::vector<std::int32_t> prompt_ids(const PromptType& prompt, bool first = true) const;
+  /// `answer`: the ids of prompt and answer together, the answer as a chat's template puts it.
+  std::vector<std::int32_t> prompt_ids(const PromptType& prompt, bool first = true, std::string_view answer = {}) const;
   Embedded embed_media(Context<B>& ctx, const PromptType& prompt, std::vector<std::int32_t> ids) const;
   void embed(Context<B>& ctx, const Embedded& embedded, std::int64_t begin, Matrix<Scalar> h) const;
   DType cache_format() const { return state_->precision.resolve(state_->precision.kv_cache); }
@@ -360,14 +365,14 @@ std::vector<std::int32_t> Model<B, P, D, C...>::encode_text(std::string_view tex
 }
 
 template <class B, Precision P, class D, class... C>
-std::vector<std::int32_t> Model<B, P, D, C...>::prompt_ids(const PromptType& prompt, bool first) const {
+std::vector<std::int32_t> Model<B, P, D, C...>::prompt_ids(const PromptType& prompt, bool first, std::string_view answer) const {
   if (prompt.form == PromptForm::ids) return prompt.ids;
-  if (prompt.form == PromptForm::raw) return encode_text(prompt.text, first);
+  if (prompt.form == PromptForm::raw) return encode_text(concat(prompt.text, answer), first);
   const ChatTemplate& format = template_of(prompt);
   std::vector<Message> messages;
   if (!prompt.system.empty()) messages.push_back({Role::system, prompt.system});
   messages.push_back({Role::user, prompt.text});
-  return encode_text(render(format, messages), first && format.add_bos);
+  return encode_text(answer.empty() ? render(format, messages) : concat(render(format, messages), format.answer_prefix, answer), first && format.add_bos);
 }
 
 template <class B, Precision P, class D, class... C>

@@ -1,8 +1,9 @@
 #!/usr/bin/env python3
 """What PyTorch does in the two training runs that tests/unit/train_goldens.cpp repeats.
 
-    python make_train_goldens.py --assets ASSETS [--only stories,easy_vqa]
+    python make_train_goldens.py --assets ASSETS [--only adamw,stories,easy_vqa]
 
+adamw.json         20 steps of torch.optim.AdamW in f64 on a small vector.
 stories260K.json   10 steps of torch.optim.AdamW on one text, by the recipe of golden/stories260K in the shared assets, whose
                    losses the script checks its own against. Per step: loss and norm of all gradients. Of every parameter: the
                    norm of its first gradient; after the last step its norm, that of its change, and some of its elements.
@@ -76,6 +77,27 @@ def stories(assets):
         out["parameters"][n] = dict(first_gradient_norm=first[n], norm=p.double().norm().item(),
                                     change_norm=(p - begin[n]).double().norm().item(), at=at, values=[flat[i].item() for i in at])
     write_json(HERE / "stories260K.json", out)
+
+
+# ---- AdamW alone --------------------------------------------------------------
+
+
+def adamw():
+    """20 steps in f64 on one vector, with gradients by formula, once as they are and once clipped."""
+    begin = [0.5, -1.25, 2.0, 1e-3, -3.0, 0.0]
+    out = dict(lr=0.05, betas=[0.8, 0.95], eps=1e-6, weight_decay=0.1, begin=begin, max_norm=0.7)
+    for name, clip in (("free", None), ("clipped", 0.7)):
+        x = torch.tensor(begin, dtype=torch.float64, requires_grad=True)
+        optimizer = torch.optim.AdamW([x], lr=0.05, betas=(0.8, 0.95), eps=1e-6, weight_decay=0.1)
+        rows = []
+        for t in range(20):
+            x.grad = torch.tensor([((t * (2 * i + 3) + i) % 11 - 5) / 8 for i in range(len(begin))], dtype=torch.float64)
+            if clip:
+                torch.nn.utils.clip_grad_norm_([x], clip)
+            optimizer.step()
+            rows.append(x.tolist())
+        out[name] = rows
+    write_json(HERE / "adamw.json", out)
 
 
 # ---- the values of Model::from_config ----------------------------------------
@@ -201,10 +223,10 @@ def easy_vqa(assets):
 def main():
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--assets", type=Path, required=True, help="the shared assets")
-    parser.add_argument("--only", default="stories,easy_vqa")
+    parser.add_argument("--only", default="adamw,stories,easy_vqa")
     arguments = parser.parse_args()
     for part in arguments.only.split(","):
-        {"stories": stories, "easy_vqa": easy_vqa}[part](arguments.assets)
+        {"adamw": lambda _: adamw(), "stories": stories, "easy_vqa": easy_vqa}[part](arguments.assets)
 
 
 if __name__ == "__main__":
