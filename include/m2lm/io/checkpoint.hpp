@@ -3,6 +3,7 @@
 #pragma once
 
 #include <m2lm/core/tensor.hpp>
+#include <m2lm/io/config.hpp>
 #include <m2lm/io/safetensors.hpp>
 
 #include <cstddef>
@@ -12,6 +13,12 @@
 #include <vector>
 
 namespace m2lm {
+
+/// Limits of the files of a directory.
+struct CheckpointLimits {
+  JsonLimits json = {};
+  SafetensorsLimits safetensors = {};
+};
 
 /// All tensors of a directory: `model.safetensors`, or the shards that `model.safetensors.index.json` names, or the same with
 /// `pytorch_model.bin` (io/pytorch.hpp). Memory-mapped; copies share the mapping.
@@ -23,7 +30,7 @@ class Checkpoint {
   Checkpoint() = default;
   /// throws CheckpointError: no such directory, no checkpoint in it, a format that is not supported, a missing shard, shards
   /// that lack promised tensors, an index that leads out of the directory, or a damaged file. All that is missing is named at once.
-  static Checkpoint open(std::string_view directory);
+  static Checkpoint open(std::string_view directory, const CheckpointLimits& limits = {});
 
   /// Tensors that are in no file; `name` stands for the directory in messages. requires distinct names.
   static Checkpoint of_tensors(std::string_view name, std::vector<NamedTensor> tensors);

@@ -24,6 +24,7 @@ struct Checkpoint::State {
     std::string problem = {};  // why there is no tensor: its dtype is not supported
   };
   std::string directory;
+  CheckpointLimits limits;
   std::vector<MappedFile> files;
   std::vector<std::string> names;
   std::unordered_map<std::string, Entry> entries;
@@ -53,7 +54,7 @@ struct Checkpoint::State {
       const PytorchFile file = PytorchFile::open(path);
       return take(file, [&](const std::string& name) { return Entry{number, file.tensor(name)}; });
     }
-    const Safetensors file = Safetensors::open(path);
+    const Safetensors file = Safetensors::open(path, limits.safetensors);
     return take(file, [&](const std::string& name) {
       Entry entry{number, std::nullopt};
       try {
@@ -82,7 +83,7 @@ M2LM_IMPL std::string list_names(const std::vector<std::string>& names, std::siz
 }  // namespace detail
 
 M2LM_IMPL void Checkpoint::State::add_shards(const std::string& index) {
-  const ConfigValue map = ConfigValue::parse_file(index)["weight_map"];
+  const ConfigValue map = ConfigValue::parse_file(index, limits.json)["weight_map"];
   const std::string_view extension = index.ends_with(".bin.index.json") ? ".bin" : ".safetensors";
   std::map<std::string, std::vector<std::string>> promised;  // shard -> names
   std::vector<std::string> missing, outside;
@@ -101,8 +102,9 @@ M2LM_IMPL void Checkpoint::State::add_shards(const std::string& index) {
   require<CheckpointError>(lacking.empty(), index, ": tensors are not in the shards that should hold them: ", detail::list_names(lacking));
 }
 
-M2LM_IMPL Checkpoint Checkpoint::open(std::string_view directory) try {
+M2LM_IMPL Checkpoint Checkpoint::open(std::string_view directory, const CheckpointLimits& limits) try {
   auto state = std::make_shared<State>();
+  state->limits = limits;
   state->directory = std::string(directory);
   require<CheckpointError>(directory_exists(directory), directory, ": there is no such directory");
   const auto finish = [&] {

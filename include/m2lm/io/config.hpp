@@ -15,6 +15,13 @@
 
 namespace m2lm {
 
+/// What is read of JSON. A file beyond a limit is refused with an error that names the limit.
+struct JsonLimits {
+  std::size_t max_bytes = std::size_t{1} << 28;         ///< of a file
+  int max_nesting = 64;                                 ///< arrays and objects around a value
+  std::size_t max_string_bytes = std::size_t{1} << 24;  ///< of a key or a text
+};
+
 /// A value of a JSON file, with the file's name and the dotted path that led here. Copies share the document.
 /// Types are strict: an integer is not a boolean, 2.0 is not an integer; an integer is a double where one is asked for.
 class ConfigValue {
@@ -26,11 +33,11 @@ class ConfigValue {
  public:
   /// null, of no file.
   ConfigValue() = default;
-  /// Of duplicate keys the last one counts. throws CheckpointError: the file is missing, is not JSON (with line and column), or nests
-  /// deeper than 64.
-  static ConfigValue parse_file(std::string_view path);
+  /// Of duplicate keys the last one counts. throws CheckpointError: the file is missing, is not JSON (with line and column), or is over a
+  /// limit.
+  static ConfigValue parse_file(std::string_view path, const JsonLimits& limits = {});
   /// `name` stands for the file in messages.
-  static ConfigValue parse_text(std::string_view text, std::string_view name);
+  static ConfigValue parse_text(std::string_view text, std::string_view name, const JsonLimits& limits = {});
 
   bool is_null() const;
   bool is_object() const;
@@ -106,7 +113,7 @@ class ConfigValue {
   [[noreturn]] void fail(std::string_view what) const;
 
  private:
-  friend std::vector<ConfigValue> parse_json_lines(std::string_view path);
+  friend std::vector<ConfigValue> parse_json_lines(std::string_view path, const JsonLimits& limits);
   friend class Gguf;  // its metadata are read like a JSON file
   bool as_bool() const;
   std::int64_t as_integer() const;
@@ -118,7 +125,7 @@ class ConfigValue {
 
 /// One JSON value per line; empty lines are left out. Messages name "FILE line N".
 /// throws InputError for the file as a whole and for a line that is not JSON.
-std::vector<ConfigValue> parse_json_lines(std::string_view path);
+std::vector<ConfigValue> parse_json_lines(std::string_view path, const JsonLimits& limits = {});
 
 /// The text as a JSON string with its quotes. Bytes that are not UTF-8 become U+FFFD.
 std::string json_quote(std::string_view text);

@@ -9,7 +9,7 @@
 #include <charconv>
 #include <cmath>
 #include <limits>
-#include <set>
+#include <utility>
 
 namespace m2lm {
 
@@ -17,52 +17,111 @@ namespace detail {
 
 using Json = nlohmann::json;
 
-inline constexpr int max_json_depth = 64;
-inline constexpr std::size_t max_json_bytes = std::size_t{1} << 28;
+/// Empties a value from its leaves up. The JSON library's own destructor of a value that holds others allocates, and ends the program
+/// when there is no memory (nlohmann_json 3.11).
+M2LM_IMPL void clear_json(Json& value) noexcept {
+  if (auto* object = value.get_ptr<Json::object_t*>()) {
+    for (auto& [key, member] : *object) clear_json(member);
+    object->clear();
+  } else if (auto* array = value.get_ptr<Json::array_t*>()) {
+    for (Json& element : *array) clear_json(element);
+    array->clear();
+  }
+}
 
-/// Reads JSON into `out`; returns what is wrong with it, or an empty string. Without `unique_keys` the last of equal keys counts.
-M2LM_IMPL std::string try_parse_json(std::string_view text, bool unique_keys, Json& out) {
-  struct Refused {
-    std::string why;
-  };
-  int depth = 0;
-  std::vector<std::set<std::string>> keys;
-  const auto check = [&](int, Json::parse_event_t event, Json& parsed) {
-    switch (event) {
-      case Json::parse_event_t::object_start:
-      case Json::parse_event_t::array_start:
-        if (++depth > max_json_depth) throw Refused{concat("nested deeper than ", max_json_depth, " levels")};
-        if (unique_keys) keys.emplace_back();
-        break;
-      case Json::parse_event_t::object_end:
-      case Json::parse_event_t::array_end:
-        --depth;
-        if (unique_keys) keys.pop_back();
-        break;
-      case Json::parse_event_t::key:
-        if (unique_keys && !keys.back().insert(parsed.get_ref<const std::string&>()).second)
-          throw Refused{concat("the key \"", parsed.get_ref<const std::string&>(), "\" is there twice")};
-        break;
-      case Json::parse_event_t::value: break;
+/// A JSON value that frees itself without allocating.
+struct OwnedJson {
+  Json root;
+  OwnedJson() = default;
+  ~OwnedJson() { clear_json(root); }
+  OwnedJson(const OwnedJson&) = delete;
+  OwnedJson& operator=(const OwnedJson&) = delete;
+};
+
+/// Builds a document from the parser's events, within limits. Functions and their names are those that the JSON library calls.
+class JsonBuilder {
+  Json& root_;
+  const JsonLimits& limits_;
+  bool unique_keys_;
+  std::vector<Json*> open_;  // containers around the next value
+  Json* member_ = nullptr;   // where the value of the last key goes
+
+  bool refuse(std::string why) {
+    problem = std::move(why);
+    return false;
+  }
+  Json* put(Json&& value) {
+    if (open_.empty()) {
+      root_ = std::move(value);
+      return &root_;
     }
+    if (auto* array = open_.back()->get_ptr<Json::array_t*>()) return &array->emplace_back(std::move(value));
+    clear_json(*member_);  // of equal keys the last one counts
+    *member_ = std::move(value);
+    return member_;
+  }
+  bool scalar(Json&& value) {
+    put(std::move(value));
     return true;
-  };
-  try {
-    out = Json::parse(text.begin(), text.end(), check);
-    return {};
-  } catch (const Refused& refused) {
-    return refused.why;
-  } catch (const Json::exception& error) {
+  }
+  bool open(Json&& container) {
+    if (static_cast<std::int64_t>(open_.size()) >= limits_.max_nesting)
+      return refuse(concat("nested deeper than ", limits_.max_nesting, " levels (JsonLimits::max_nesting)"));
+    Json* const at = put(std::move(container));
+    open_.push_back(at);
+    return true;
+  }
+  bool short_enough(const std::string& text) {
+    return text.size() <= limits_.max_string_bytes ||
+           refuse(concat("a string of ", text.size(), " bytes, \"", text.substr(0, 20), "...\", is longer than ", limits_.max_string_bytes,
+                         " (JsonLimits::max_string_bytes)"));
+  }
+
+ public:
+  std::string problem;
+
+  JsonBuilder(Json& root, const JsonLimits& limits, bool unique_keys) : root_(root), limits_(limits), unique_keys_(unique_keys) {}
+  bool null() { return scalar(Json()); }
+  bool boolean(bool value) { return scalar(Json(value)); }
+  bool number_integer(Json::number_integer_t value) { return scalar(Json(value)); }
+  bool number_unsigned(Json::number_unsigned_t value) { return scalar(Json(value)); }
+  bool number_float(Json::number_float_t value, const std::string&) { return scalar(Json(value)); }
+  bool string(std::string& value) { return short_enough(value) && scalar(Json(std::move(value))); }
+  bool binary(Json::binary_t&) { return refuse("binary values are not JSON"); }
+  bool start_object(std::size_t) { return open(Json(Json::value_t::object)); }
+  bool key(std::string& name) {
+    if (!short_enough(name)) return false;
+    const auto [at, fresh] = open_.back()->get_ref<Json::object_t&>().try_emplace(std::move(name));
+    if (!fresh && unique_keys_) return refuse(concat("the key \"", at->first, "\" is there twice"));
+    member_ = &at->second;
+    return true;
+  }
+  bool end_object() { return close(); }
+  bool start_array(std::size_t) { return open(Json(Json::value_t::array)); }
+  bool end_array() { return close(); }
+  bool parse_error(std::size_t, const std::string&, const Json::exception& error) {
     const std::string_view what = error.what();
     const std::size_t tag = what.find("] ");  // "[json.exception.parse_error.101] parse error at line 1, …"
-    return std::string(tag == std::string_view::npos ? what : what.substr(tag + 2));
+    return refuse(std::string(tag == std::string_view::npos ? what : what.substr(tag + 2)));
   }
+
+ private:
+  bool close() {
+    open_.pop_back();
+    return true;
+  }
+};
+
+/// Reads JSON into `out`; returns what is wrong with it, or an empty string. Without `unique_keys` the last of equal keys counts.
+M2LM_IMPL std::string try_parse_json(std::string_view text, bool unique_keys, const JsonLimits& limits, OwnedJson& out) {
+  JsonBuilder builder(out.root, limits, unique_keys);
+  if (Json::sax_parse(text.begin(), text.end(), &builder)) return {};
+  return builder.problem.empty() ? std::string("it cannot be read") : builder.problem;
 }
 
 }  // namespace detail
 
-struct ConfigValue::Document {
-  detail::Json root;
+struct ConfigValue::Document : detail::OwnedJson {
   std::string file;
 };
 
@@ -75,10 +134,10 @@ M2LM_IMPL const Json& json_of(const void* value) {
 
 }  // namespace detail
 
-M2LM_IMPL ConfigValue ConfigValue::parse_text(std::string_view text, std::string_view name) {
+M2LM_IMPL ConfigValue ConfigValue::parse_text(std::string_view text, std::string_view name, const JsonLimits& limits) {
   auto document = std::make_shared<Document>();
   document->file = std::string(name);
-  const std::string problem = detail::try_parse_json(text, false, document->root);
+  const std::string problem = detail::try_parse_json(text, false, limits, *document);
   if (!problem.empty()) throw CheckpointError(concat(name, ": is not valid JSON: ", problem));
   ConfigValue out;
   out.value_ = &document->root;
@@ -86,11 +145,11 @@ M2LM_IMPL ConfigValue ConfigValue::parse_text(std::string_view text, std::string
   return out;
 }
 
-M2LM_IMPL ConfigValue ConfigValue::parse_file(std::string_view path) {
+M2LM_IMPL ConfigValue ConfigValue::parse_file(std::string_view path, const JsonLimits& limits) {
   std::string text;
-  const std::string problem = detail::try_read_file(path, detail::max_json_bytes, text);
+  const std::string problem = detail::try_read_file(path, limits.max_bytes, text);
   if (!problem.empty()) throw CheckpointError(problem);
-  return parse_text(text, path);
+  return parse_text(text, path, limits);
 }
 
 M2LM_IMPL bool ConfigValue::is_null() const { return detail::json_of(value_).is_null(); }
@@ -204,8 +263,8 @@ M2LM_IMPL std::string ConfigValue::as_string() const {
   return detail::json_of(value_).get<std::string>();
 }
 
-M2LM_IMPL std::vector<ConfigValue> parse_json_lines(std::string_view path) {
-  const std::string text = read_file(path, detail::max_json_bytes);
+M2LM_IMPL std::vector<ConfigValue> parse_json_lines(std::string_view path, const JsonLimits& limits) {
+  const std::string text = read_file(path, limits.max_bytes);
   std::vector<ConfigValue> out;
   std::size_t number = 0;
   for (std::size_t begin = 0; begin < text.size();) {
@@ -217,7 +276,7 @@ M2LM_IMPL std::vector<ConfigValue> parse_json_lines(std::string_view path) {
     if (line.find_first_not_of(" \t\r") == std::string_view::npos) continue;
     auto document = std::make_shared<ConfigValue::Document>();
     document->file = concat(path, " line ", number);
-    const std::string problem = detail::try_parse_json(line, false, document->root);
+    const std::string problem = detail::try_parse_json(line, false, limits, *document);
     if (!problem.empty()) throw InputError(concat(document->file, ": is not valid JSON: ", problem));
     ConfigValue value;
     value.value_ = &document->root;

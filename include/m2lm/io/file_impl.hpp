@@ -47,7 +47,7 @@ void flush_to_disk(int descriptor, F&& fail) {
 }
 
 M2LM_IMPL std::string too_long(std::string_view path, std::size_t max_bytes) {
-  return concat(path, ": the file is longer than the ", max_bytes, " bytes that are read of such a file");
+  return concat(path, ": the file is longer than the ", max_bytes, " bytes that are read of such a file (max_bytes)");
 }
 
 M2LM_IMPL std::string try_read_file(std::string_view path, std::size_t max_bytes, std::string& out) {

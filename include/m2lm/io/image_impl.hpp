@@ -119,9 +119,12 @@ M2LM_IMPL std::vector<std::byte> bmp_without_gap(std::span<const std::byte> byte
 
 M2LM_IMPL void check_limits(std::int64_t width, std::int64_t height, std::string_view name, const ImageLimits& limits) {
   require<InputError>(width > 0 && height > 0, name, ": the image is empty (", size_string(width, height), ")");
-  require<InputError>(width <= limits.max_width && height <= limits.max_height && height <= limits.max_pixels / width, name,
-                      ": the image has ", size_string(width, height), " pixels, more than the limits of ",
-                      size_string(limits.max_width, limits.max_height), " and ", limits.max_pixels, " in all");
+  const auto check = [&](bool ok, std::int64_t limit, std::string_view what, std::string_view option) {
+    require<InputError>(ok, name, ": the image of ", size_string(width, height), " pixels is over the limit of ", limit, what, " (ImageLimits::", option, ")");
+  };
+  check(width <= limits.max_width, limits.max_width, " pixels of width", "max_width");
+  check(height <= limits.max_height, limits.max_height, " pixels of height", "max_height");
+  check(height <= limits.max_pixels / width, limits.max_pixels, " pixels in all", "max_pixels");  // the product may not fit a number
 }
 
 /// Binary PNM (P5 grey, P6 colour). Values are scaled to 255 as Pillow does; grey of 16 bits is clipped, as Pillow does, too.
@@ -169,7 +172,7 @@ M2LM_IMPL Image decode_pnm(std::span<const std::byte> bytes, std::string_view na
 M2LM_IMPL Image decode_image(std::span<const std::byte> bytes, std::string_view name, const ImageLimits& limits) try {
   require<InputError>(!bytes.empty(), name, ": the image is empty (0 bytes)");
   require<InputError>(bytes.size() <= limits.max_file_bytes && bytes.size() <= static_cast<std::size_t>(INT_MAX), name, ": the image has ",
-                      bytes.size(), " bytes, more than is read");
+                      bytes.size(), " bytes, more than the limit of ", std::min<std::size_t>(limits.max_file_bytes, INT_MAX), " (ImageLimits::max_file_bytes)");
   const std::string_view format = detail::image_format(bytes);
   require<InputError>(!format.empty(), name, ": is not an image in a known format; JPEG, PNG, BMP, GIF and binary PNM are read");
   const bool supported = format == "PNG" || format == "JPEG" || format == "GIF" || format == "BMP" || format == "PNM";

@@ -21,6 +21,13 @@ struct NamedTensor {
   AnyTensor tensor;
 };
 
+/// What is read of a header. A file beyond a limit is refused with an error that names the limit.
+struct SafetensorsLimits {
+  std::size_t max_header_bytes = 100'000'000;  ///< the format's own limit
+  std::size_t max_tensors = std::size_t{1} << 20;
+  std::size_t max_name_bytes = std::size_t{1} << 16;  ///< of a tensor's name
+};
+
 /// One *.safetensors file. Source: the format description of the safetensors project: an 8-byte little-endian header length, a
 /// JSON header, then the data, which the tensors cover without gap or overlap.
 class Safetensors {
@@ -31,7 +38,7 @@ class Safetensors {
   Safetensors() = default;
   /// Maps the file and checks the whole header. throws CheckpointError naming the file, the tensor and both sides of a
   /// contradiction. A dtype that the library does not know is an error only when that tensor is asked for.
-  static Safetensors open(std::string_view path);
+  static Safetensors open(std::string_view path, const SafetensorsLimits& limits = {});
 
   const std::string& path() const { return mapping().path(); }
   /// In the order of their data in the file.

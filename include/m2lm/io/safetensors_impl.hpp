@@ -42,8 +42,6 @@ struct Safetensors::File {
 
 namespace detail {
 
-inline constexpr std::size_t max_safetensors_header = 100'000'000;
-
 M2LM_IMPL std::optional<DType> dtype_of_safetensors(std::string_view name) {
   if (name == "F64") return DType::f64;
   if (name == "F32") return DType::f32;
@@ -112,7 +110,7 @@ M2LM_IMPL std::int64_t header_number(const Json& value, std::string_view path, s
 
 }  // namespace detail
 
-M2LM_IMPL Safetensors Safetensors::open(std::string_view path) {
+M2LM_IMPL Safetensors Safetensors::open(std::string_view path, const SafetensorsLimits& limits) {
   auto file = std::make_shared<File>();
   file->mapping = MappedFile::open(path);
   const auto bytes = file->mapping.bytes();
@@ -122,22 +120,31 @@ M2LM_IMPL Safetensors Safetensors::open(std::string_view path) {
         " bytes: it is truncated or not a safetensors file");
   std::uint64_t header_bytes = 0;
   std::memcpy(&header_bytes, bytes.data(), 8);
-  check(header_bytes <= detail::max_safetensors_header, "the header claims ", header_bytes, " bytes, more than the ",
-        detail::max_safetensors_header, " allowed: damaged or not a safetensors file");
+  check(header_bytes <= limits.max_header_bytes, "the header claims ", header_bytes, " bytes, more than the ", limits.max_header_bytes,
+        " allowed (SafetensorsLimits::max_header_bytes): damaged or not a safetensors file");
   check(header_bytes <= bytes.size() - 8, "the header claims ", header_bytes, " bytes, the file has ", bytes.size() - 8,
         " after the length: the file is truncated");
   const std::string_view header(reinterpret_cast<const char*>(bytes.data()) + 8, static_cast<std::size_t>(header_bytes));
   check(!header.empty() && header.front() == '{', "the header does not begin with '{': damaged or not a safetensors file");
 
-  detail::Json json;
-  const std::string problem = detail::try_parse_json(header, true, json);
+  detail::OwnedJson document;
+  const JsonLimits json_limits{.max_bytes = limits.max_header_bytes, .max_string_bytes = limits.max_header_bytes};
+  const std::string problem = detail::try_parse_json(header, true, json_limits, document);
   check(problem.empty(), "the header is not valid: ", problem);
+  const detail::Json& json = document.root;
+  const std::size_t tensors = json.size() - (json.contains("__metadata__") ? 1U : 0U);
+  check(tensors <= limits.max_tensors, "the header describes ", tensors, " tensors, more than the ", limits.max_tensors,
+        " allowed (SafetensorsLimits::max_tensors)");
+  const auto check_name = [&](const std::string& text) {
+    check(text.size() <= limits.max_name_bytes, "the name \"", text.substr(0, 20), "...\" has ", text.size(), " bytes, more than the ", limits.max_name_bytes, " allowed (SafetensorsLimits::max_name_bytes)");
+  };
 
   const std::size_t data_begin = 8 + header.size();
   const std::size_t data_bytes = bytes.size() - data_begin;
   for (const auto& item : json.items()) {
     const std::string& name = item.key();
     const detail::Json& value = item.value();
+    check_name(name);
     if (name == "__metadata__") {
       check(value.is_object(), "__metadata__ must be an object of strings");
       for (const auto& pair : value.items()) {

@@ -83,12 +83,12 @@ M2LM_IMPL void describe_model_files(ModelFiles& out, std::string_view directory,
                                                             .name = name, .chat_template = jinja});
 }
 
-M2LM_IMPL ModelFiles open_model_files(std::string_view directory, std::string_view template_name) {
+M2LM_IMPL ModelFiles open_model_files(std::string_view directory, std::string_view template_name, const CheckpointLimits& limits) {
   require<CheckpointError>(directory_exists(directory), "m2lm: there is no directory ", directory);
   ModelFiles out;
-  out.config = ConfigValue::parse_file(join_path(directory, "config.json"));
+  out.config = ConfigValue::parse_file(join_path(directory, "config.json"), limits.json);
   if (!out.config.is_object()) out.config.fail(concat("an object is wanted, not ", out.config.type_name()));
-  out.checkpoint = Checkpoint::open(directory);
+  out.checkpoint = Checkpoint::open(directory, limits);
   describe_model_files(out, directory, template_name);
   return out;
 }
