@@ -188,4 +188,45 @@ TEST_CASE("from_config: a tokenizer from a directory, or none") {
             "/no/such"));
 }
 
+// tests/golden/train/check_saved.py sets the variable and compares what it finds there with transformers.
+TEST_CASE("directories for transformers") {
+  const std::string out = environment("M2LM_SAVED_DIR", "");
+  if (out.empty()) return;
+  const auto write = [&](const auto& model, const std::string& name, const m2lm::SaveOptions& options, const Tensor<float>& pixels) {
+    const std::string directory = m2lm::join_path(out, name);
+    model.save_pretrained(directory, options);
+    auto prompt = model.prompt(some_ids(9, model.decoder_config().vocab_size - 6));
+    std::vector<m2lm::NamedTensor> tensors;
+    if constexpr (std::tuple_size_v<decltype(prompt.attachments)> != 0) {
+      const std::int32_t image = model.template placeholder_id<"image">();
+      const auto tokens = static_cast<std::size_t>(std::get<0>(m2lm::detail::ModelAccess::state(model).component).encoder.tokens());
+      prompt.ids.insert(prompt.ids.begin() + 4, tokens, image);
+      const auto& component = std::get<0>(m2lm::detail::ModelAccess::state(model).component);
+      m2lm::Arena arena;
+      m2lm::Context<Cpu> ctx{model.backend(), arena};
+      Tensor<float> features(Shape{static_cast<std::int64_t>(tokens), component.encoder.width()}), rows(Shape{static_cast<std::int64_t>(tokens), model.decoder_config().hidden_size});
+      component.encoder.forward(ctx, pixels, features.view<2>());
+      component.projector.forward(ctx, features.view<2>(), rows.view<2>());
+      prompt.template attach_embeddings<"image">(AnyTensor(std::move(rows)));
+      tensors.push_back({"pixel_values", AnyTensor(pixels.clone())});
+    }
+    Tensor<std::int32_t> ids(Shape{static_cast<std::int64_t>(prompt.ids.size())});
+    std::copy(prompt.ids.begin(), prompt.ids.end(), ids.data());
+    tensors.push_back({"input_ids", AnyTensor(std::move(ids))});
+    tensors.push_back({"logits", AnyTensor(model.logits(prompt))});
+    m2lm::write_safetensors(m2lm::join_path(out, name + ".safetensors"), tensors);
+  };
+  Tensor<float> pixels(Shape{3, 28, 28});
+  m2lm::Rng rng(3);
+  for (float& x : pixels.span()) x = static_cast<float>(2 * rng.uniform() - 1);
+  for (const char* name : {"mha_plain", "gqa_linear_tied_sharded", "mha_wide_heads_bf16", "mistral_window"})
+    write(Lm::from_pretrained(golden(std::string("llama/") + name)), name, {}, pixels);
+  write(Lm::from_pretrained(golden("llama/mha_plain")), "mha_plain.shards", {.max_shard_bytes = 30000}, pixels);
+  write(Lm::from_config(config_of("llama/gqa_llama3_tied_f16"), 3), "from_config.llama", {}, pixels);
+  for (const char* name : {"old_keys_m2_default", "new_keys_m1_full", "saved_keys_mistral_p1_default"})
+    write(Vlm::from_pretrained(golden(std::string("llava/") + name)), name, {}, pixels);
+  write(Vlm::from_config(config_of("llava/old_keys_m2_default"), 3), "from_config.llava", {}, pixels);
+  write(Vlm::from_config(config_of("llava/saved_keys_mistral_p1_default"), 4), "from_config.mistral", {}, pixels);
+}
+
 }  // namespace

@@ -190,7 +190,7 @@ Trainer<M>::Trainer(M model, TrainerOptions options) : model_(std::move(model)),
   options_.parameters.check(names);
   for (const auto& [name, parameter] : wanted) {
     auto values = std::make_shared<Tensor<S>>(parameter->value.template to<S>());
-    parameter->value = AnyTensor(std::shared_ptr<const Tensor<S>>(values));
+    parameter->value = AnyTensor(values);
     values_.push_back(std::move(values));
     gradients_.add(name, *parameter);
   }
