@@ -95,6 +95,14 @@ class Gradients {
   }
 };
 
+/// Index of the first of `layers` below which nothing is trained: a backward pass that needs no gradient of its input ends there.
+template <class Layers, class S>
+std::size_t first_trained(const Layers& layers, const Gradients<S>& gradients) {
+  std::size_t i = 0;
+  while (i < layers.size() && !gradients.trains(layers[i])) ++i;
+  return i;
+}
+
 /// A gradient as the matrix that its layer works with: [rows, product of the other dimensions]; a vector is one column.
 template <class S>
 Matrix<S> gradient_matrix(Tensor<S>& gradient) {

@@ -121,4 +121,12 @@ using Matrix = View<T, 2>;
 template <class T>
 using Vector = View<T, 1>;
 
+/// to = from, element by element. requires equal shapes and contiguous rows.
+template <class T>
+void copy_rows(Matrix<const T> from, Matrix<T> to) {
+  require(from.shape() == to.shape(), "m2lm::copy_rows: from ", from.shape().string(), " to ", to.shape().string());
+  for (std::int64_t i = 0; i < from.extent(0); ++i)
+    for (std::int64_t j = 0; j < from.extent(1); ++j) to(i, j) = from(i, j);
+}
+
 }  // namespace m2lm

@@ -2,7 +2,7 @@
 // Floor: layers. May include: core, ops.
 #pragma once
 
-#include <m2lm/core/fields.hpp>
+#include <m2lm/core/gradients.hpp>
 #include <m2lm/ops/gather.hpp>
 
 #include <span>
@@ -12,6 +12,7 @@ namespace m2lm {
 /// The table stays in the checkpoint's own bytes: a lookup touches only the rows it needs.
 template <class B>
 struct Embedding {
+  using S = ScalarOf<B>;
   Parameter weight;
 
   Embedding() = default;
@@ -23,7 +24,11 @@ struct Embedding {
   }
 
   /// y[i] = weight[ids[i]]. throws InputError for an id outside the table.
-  void forward(Context<B>& ctx, std::span<const std::int32_t> ids, Matrix<ScalarOf<B>> y) const { ops::gather_rows(ctx, weight.value, ids, y); }
+  void forward(Context<B>& ctx, std::span<const std::int32_t> ids, Matrix<S> y) const { ops::gather_rows(ctx, weight.value, ids, y); }
+  /// Adds dy [ids, width] to the gradient of the rows that were looked up, if the table is trained.
+  void backward(Context<B>& ctx, std::span<const std::int32_t> ids, Matrix<const S> dy, Gradients<S>& gradients) const {
+    if (Tensor<S>* dw = gradients.find(weight)) ops::scatter_add_rows(ctx, dy, ids, dw->template view<2>());
+  }
 };
 
 }  // namespace m2lm

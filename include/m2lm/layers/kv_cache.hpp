@@ -51,7 +51,8 @@ class KvCache {
   const KeyValues& layer(std::int64_t i) const { return layers_[static_cast<std::size_t>(i)]; }
 };
 
-/// Which rows of a batch belong to one sequence: rows [begin, begin + count) stand at positions cache.length() onwards.
+/// Which rows of a batch belong to one sequence: rows [begin, begin + count) stand at positions first() onwards. Without a cache they
+/// are the whole sequence, from position 0, and their keys and values are forgotten (training does this).
 template <class B>
 struct SequenceRows {
   KvCache<B>* cache = nullptr;
@@ -59,8 +60,9 @@ struct SequenceRows {
   std::int64_t count = 0;
   std::span<const CrossInstance<ScalarOf<B>>> media = {};  ///< for hooks: the instances in the sequence so far, in its order
 
+  std::int64_t first() const { return cache ? cache->length() : 0; }
   /// Where a row of the batch stands in its sequence. requires begin <= row < begin + count.
-  std::int64_t position(std::int64_t row) const { return cache->length() + row - begin; }
+  std::int64_t position(std::int64_t row) const { return first() + row - begin; }
 };
 
 }  // namespace m2lm

@@ -2,7 +2,7 @@
 // Floor: layers. May include: core, ops.
 #pragma once
 
-#include <m2lm/core/fields.hpp>
+#include <m2lm/core/gradients.hpp>
 #include <m2lm/ops/linear.hpp>
 
 #include <initializer_list>
@@ -66,6 +66,40 @@ class Linear {
   }
 
   const PackedMatrix& packed() const { return packed_; }
+
+  struct Saved {
+    Matrix<const S> x;  // the caller's: it must stay until backward
+  };
+  /// The same without activation and residual, for training.
+  void forward(Context<B>& ctx, Matrix<const S> x, Matrix<S> y, Saved* saved) const {
+    forward(ctx, x, y);
+    if (saved) *saved = {x};
+  }
+  /// From dy, the gradient of x·wᵀ + bias: adds those of weight and bias where they are trained, and writes that of x to dx
+  /// unless dx is empty.
+  void backward(Context<B>& ctx, Matrix<const S> dy, const Saved& saved, Gradients<S>& gradients, Matrix<S> dx) const {
+    parameter_gradients(ctx, saved.x, dy, gradients);
+    if (dx.data()) input_gradient(ctx, dy, dx);
+  }
+  /// The two halves of backward.
+  void input_gradient(Context<B>& ctx, Matrix<const S> dy, Matrix<S> dx) const { ops::linear_input_gradient(ctx, dy, packed_, dx); }
+  void parameter_gradients(Context<B>& ctx, Matrix<const S> x, Matrix<const S> dy, Gradients<S>& gradients) const {
+    parameter_gradients(ctx, x, dy, gradients.find(weight), has_bias() ? gradients.find(bias) : nullptr);
+  }
+  /// The second for a fused product: `parts` as they were given to `fuse`, dy [rows, Σ outputs].
+  static void parameter_gradients(Context<B>& ctx, Matrix<const S> x, Matrix<const S> dy, Gradients<S>& gradients, std::initializer_list<const Linear*> parts) {
+    std::int64_t column = 0;
+    for (const Linear* part : parts) {
+      part->parameter_gradients(ctx, x, dy.columns(column, column + part->outputs()), gradients);
+      column += part->outputs();
+    }
+  }
+  bool is_trained(const Gradients<S>& gradients) const { return gradients.trains(weight) || (has_bias() && gradients.trains(bias)); }
+
+  /// Into tensors of the caller's, null where a gradient is not wanted (a weight that belongs to somebody else: tied heads).
+  static void parameter_gradients(Context<B>& ctx, Matrix<const S> x, Matrix<const S> dy, Tensor<S>* dw, Tensor<S>* db) {
+    if (dw || db) ops::linear_weight_gradient(ctx, x, dy, dw ? gradient_matrix(*dw) : Matrix<S>{}, db ? db->template view<1>() : Vector<S>{});
+  }
 };
 
 }  // namespace m2lm

@@ -2,7 +2,7 @@
 // Floor: layers. May include: core, ops.
 #pragma once
 
-#include <m2lm/core/fields.hpp>
+#include <m2lm/core/gradients.hpp>
 #include <m2lm/ops/norm.hpp>
 
 namespace m2lm {
@@ -25,9 +25,18 @@ class RmsNorm {
   }
   void prepare(Context<B>&) { weight_values_ = weight.value.template to<S>(); }
 
-  /// y = rms_norm(x). requires x, y [m, width]; y may alias x.
-  void forward(Context<B>& ctx, Matrix<const S> x, Matrix<S> y) const {
+  struct Saved {
+    Matrix<const S> x;  // the caller's: it must stay until backward
+  };
+  /// y = rms_norm(x). requires x, y [m, width]; y may alias x if nothing is saved.
+  void forward(Context<B>& ctx, Matrix<const S> x, Matrix<S> y, Saved* saved = nullptr) const {
     ops::rms_norm(ctx, x, std::as_const(weight_values_).template view<1>(), eps_, y);
+    if (saved) *saved = {x};
+  }
+  /// Adds the gradient of a trained weight, and writes that of x to dx, or adds it there; an empty dx: not wanted.
+  void backward(Context<B>& ctx, Matrix<const S> dy, const Saved& saved, Gradients<S>& gradients, Matrix<S> dx, bool accumulate = false) const {
+    Tensor<S>* dw = gradients.find(weight);
+    ops::rms_norm_backward(ctx, dy, saved.x, std::as_const(weight_values_).template view<1>(), eps_, dx, accumulate, dw ? dw->template view<1>() : Vector<S>{});
   }
 };
 
@@ -53,9 +62,19 @@ class LayerNorm {
     bias_values_ = bias.value.template to<S>();
   }
 
-  /// y = layer_norm(x). requires x, y [m, width]; y may alias x.
-  void forward(Context<B>& ctx, Matrix<const S> x, Matrix<S> y) const {
+  struct Saved {
+    Matrix<const S> x;  // the caller's: it must stay until backward
+  };
+  /// y = layer_norm(x). requires x, y [m, width]; y may alias x if nothing is saved.
+  void forward(Context<B>& ctx, Matrix<const S> x, Matrix<S> y, Saved* saved = nullptr) const {
     ops::layer_norm(ctx, x, std::as_const(weight_values_).template view<1>(), std::as_const(bias_values_).template view<1>(), eps_, y);
+    if (saved) *saved = {x};
+  }
+  /// Adds the gradients of trained parameters, and writes that of x to dx, or adds it there; an empty dx: not wanted.
+  void backward(Context<B>& ctx, Matrix<const S> dy, const Saved& saved, Gradients<S>& gradients, Matrix<S> dx, bool accumulate = false) const {
+    Tensor<S>*dw = gradients.find(weight), *db = gradients.find(bias);
+    ops::layer_norm_backward(ctx, dy, saved.x, std::as_const(weight_values_).template view<1>(), eps_, dx, accumulate,
+                             dw ? dw->template view<1>() : Vector<S>{}, db ? db->template view<1>() : Vector<S>{});
   }
 };
 

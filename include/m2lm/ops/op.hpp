@@ -18,6 +18,20 @@ struct Context {
   Arena& arena;
   const AnyTensor* embedding_table = nullptr;  ///< [vocabulary, hidden], or null where there is no decoder
   Arena* tape = nullptr;                       ///< saved activations; null in inference
+
+  /// Where a forward pass puts its activations: on the tape if its backward pass will want them, else into scratch memory.
+  Arena& storage(bool saved) const {
+    require(!saved || tape != nullptr, "m2lm: a forward pass that saves its activations needs a context with a tape");
+    return saved ? *tape : arena;
+  }
+  /// h itself, or, if it will be wanted after the next layer has changed it in place, a copy on the tape.
+  template <class T>
+  Matrix<const T> keep(Matrix<T> h, bool saved) const {
+    if (!saved) return h;
+    const Matrix<T> copy = storage(true).template matrix<T>(h.extent(0), h.extent(1));
+    copy_rows(Matrix<const T>(h), copy);
+    return copy;
+  }
 };
 
 /// Base of components without parameters.

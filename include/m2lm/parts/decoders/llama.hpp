@@ -12,6 +12,7 @@
 
 #include <memory>
 #include <span>
+#include <type_traits>
 #include <utility>
 #include <vector>
 
@@ -45,6 +46,21 @@ struct NoHook {
   };
 };
 
+namespace detail {
+
+/// What a head saves for its gradient; nothing where it has none.
+template <class HeadOn>
+struct HeadSaved {
+  struct type {};
+};
+template <class HeadOn>
+  requires requires { typename HeadOn::Saved; }
+struct HeadSaved<HeadOn> {
+  using type = typename HeadOn::Saved;
+};
+
+}  // namespace detail
+
 /// Spec. source: transformers' LlamaForCausalLM and MistralForCausalLM; keys as there below "model".
 template <BlockPolicy policy = BlockPolicy{}, class AfterAttentionHook = NoHook, class Head = LinearHead>
 struct LlamaDecoder {
@@ -63,6 +79,7 @@ struct LlamaDecoder {
 
   template <class B>
   struct Block {
+    using S = ScalarOf<B>;
     RmsNorm<B> input_layernorm, post_attention_layernorm;
     CausalAttention<B> self_attn;
     GatedMlp<B> mlp;
@@ -80,6 +97,44 @@ struct LlamaDecoder {
       visit("self_attn", self.self_attn);
       visit("post_attention_layernorm", self.post_attention_layernorm);
       visit("mlp", self.mlp);
+    }
+    void prepare(Context<B>& ctx, DType format) {
+      input_layernorm.prepare(ctx);
+      post_attention_layernorm.prepare(ctx);
+      self_attn.prepare(ctx, format);
+      mlp.prepare(ctx, format);
+    }
+
+    struct Saved {
+      typename RmsNorm<B>::Saved input_layernorm, post_attention_layernorm;
+      typename CausalAttention<B>::Saved self_attn;
+      typename GatedMlp<B>::Saved mlp;
+    };
+    /// h += self_attn(input_layernorm(h)), then `between(h)`, then h += mlp(post_attention_layernorm(h)). Shapes as CausalAttention.
+    template <class Between>
+    void forward(Context<B>& ctx, std::int64_t layer, std::span<const SequenceRows<B>> sequences, Matrix<const S> cos, Matrix<const S> sin, Matrix<S> h,
+                 Between&& between, Saved* saved = nullptr) const {
+      const Arena::Scope scope(ctx.arena);
+      const bool keep = saved != nullptr;
+      Arena& storage = ctx.storage(keep);
+      const Matrix<S> x = storage.template matrix<S>(h.extent(0), h.extent(1)), x2 = keep ? storage.template matrix<S>(h.extent(0), h.extent(1)) : x;
+      input_layernorm.forward(ctx, ctx.keep(h, keep), x, keep ? &saved->input_layernorm : nullptr);
+      self_attn.forward(ctx, layer, x, sequences, cos, sin, h, keep ? &saved->self_attn : nullptr);
+      between(h);
+      post_attention_layernorm.forward(ctx, ctx.keep(h, keep), x2, keep ? &saved->post_attention_layernorm : nullptr);
+      mlp.forward(ctx, x2, h, keep ? &saved->mlp : nullptr);
+    }
+    /// Turns dh, the gradient of the block's output, into that of its input, and adds those of trained parameters.
+    /// `between(dh)` adds what the gradient of forward's `between` adds.
+    template <class Between>
+    void backward(Context<B>& ctx, Matrix<S> dh, const Saved& saved, Gradients<S>& gradients, Between&& between) const {
+      const Arena::Scope scope(ctx.arena);
+      const Matrix<S> dx = ctx.arena.template matrix<S>(dh.extent(0), dh.extent(1));
+      mlp.backward(ctx, dh, saved.mlp, gradients, dx);
+      post_attention_layernorm.backward(ctx, dx, saved.post_attention_layernorm, gradients, dh, !M2LM_FAULT(38));
+      between(dh);
+      self_attn.backward(ctx, dh, saved.self_attn, gradients, dx);
+      input_layernorm.backward(ctx, dx, saved.input_layernorm, gradients, dh, true);
     }
   };
 
@@ -124,10 +179,7 @@ struct LlamaDecoder {
       const auto total = static_cast<std::int64_t>(layers.size()) + 1;
       std::int64_t done = 0;
       for (Block<B>& block : layers) {
-        block.input_layernorm.prepare(ctx);
-        block.post_attention_layernorm.prepare(ctx);
-        block.self_attn.prepare(ctx, precision.weights);
-        block.mlp.prepare(ctx, precision.weights);
+        block.prepare(ctx, precision.weights);
         if (progress) progress(++done, total);
       }
       norm.prepare(ctx);
@@ -149,30 +201,62 @@ struct LlamaDecoder {
       return out;
     }
 
+    struct Saved {
+      std::vector<typename Block<B>::Saved> layers;
+      typename RmsNorm<B>::Saved norm;
+      typename detail::HeadSaved<typename Head::template On<B, P>>::type head;
+    };
     /// Runs all blocks over h [rows, hidden], in place, and advances the caches. The rows of a sequence follow its cached
     /// positions. `tap(layer, h)` sees the input of every block and, as the last, the output of the last (before the norm).
-    void forward(Context<B>& ctx, Matrix<S> h, std::span<const SequenceRows<B>> sequences, FunctionRef<void(std::int64_t, Matrix<const S>)> tap = {}) const {
+    /// With `saved`, sequences are whole and have no cache; `sequences` must stay until backward.
+    void forward(Context<B>& ctx, Matrix<S> h, std::span<const SequenceRows<B>> sequences, FunctionRef<void(std::int64_t, Matrix<const S>)> tap = {},
+                 Saved* saved = nullptr) const {
       const Arena::Scope scope(ctx.arena);
       const std::int64_t rows = h.extent(0);
       for (const SequenceRows<B>& s : sequences)
-        require<CapacityError>(s.cache->length() + s.count <= s.cache->capacity(), "m2lm: the context holds ", s.cache->capacity(), " positions, but ",
+        if (s.cache)
+          require<CapacityError>(s.cache->length() + s.count <= s.cache->capacity(), "m2lm: the context holds ", s.cache->capacity(), " positions, but ",
                                s.cache->length() + s.count, " are needed (", s.cache->length(), " so far and ", s.count, " more)");
-      const Matrix<S> x = ctx.arena.template matrix<S>(rows, config_.hidden_size);
-      const Matrix<S> cos = ctx.arena.template matrix<S>(rows, config_.head_dim / 2), sin = ctx.arena.template matrix<S>(rows, config_.head_dim / 2);
+      Arena& storage = ctx.storage(saved != nullptr);
+      const Matrix<S> cos = storage.template matrix<S>(rows, config_.head_dim / 2), sin = storage.template matrix<S>(rows, config_.head_dim / 2);
       for (const SequenceRows<B>& s : sequences)
-        rope_angles<S>(frequencies_, s.cache->length(), cos.rows(s.begin, s.begin + s.count), sin.rows(s.begin, s.begin + s.count));
+        rope_angles<S>(frequencies_, s.first(), cos.rows(s.begin, s.begin + s.count), sin.rows(s.begin, s.begin + s.count));
+      if (saved) saved->layers.resize(layers.size());
       std::int64_t layer = 0;
       for (const Block<B>& block : layers) {
         if (tap) tap(layer, h);
-        block.input_layernorm.forward(ctx, h, x);
-        block.self_attn.forward(ctx, layer, x, sequences, cos, sin, h);
-        hook.after_attention(ctx, layer, sequences, h);
-        block.post_attention_layernorm.forward(ctx, h, x);
-        block.mlp.forward(ctx, x, h);
+        const auto after_attention = [&](Matrix<S> rows_of_h) { hook.after_attention(ctx, layer, sequences, rows_of_h); };
+        block.forward(ctx, layer, sequences, cos, sin, h, after_attention, saved ? &saved->layers[static_cast<std::size_t>(layer)] : nullptr);
         ++layer;
       }
       if (tap) tap(layer, h);
-      for (const SequenceRows<B>& s : sequences) s.cache->advance(s.count);
+      for (const SequenceRows<B>& s : sequences)
+        if (s.cache) s.cache->advance(s.count);
+    }
+    /// Turns dh, the gradient of the h that forward left, into that of the h it found, and adds those of trained parameters. With
+    /// wants_input false it ends at the lowest trained block, and dh is then of no use.
+    void backward(Context<B>& ctx, Matrix<S> dh, const Saved& saved, Gradients<S>& gradients, bool wants_input = true) const {
+      static_assert(std::is_same_v<AfterAttentionHook, NoHook>, "m2lm: the hook of this decoder has no gradient; train the decoder without a hook");
+      const std::size_t last = wants_input ? 0 : first_trained(layers, gradients);
+      for (std::size_t i = layers.size(); i-- > last;) layers[i].backward(ctx, dh, saved.layers[i], gradients, [](Matrix<S>) {});
+    }
+
+    /// logits = head(norm(h)). requires h [rows, hidden], logits [rows, vocabulary]. With `saved`, h must stay until the gradient.
+    void predict(Context<B>& ctx, Matrix<const S> h, Matrix<S> logits, Saved* saved = nullptr) const {
+      const Arena::Scope scope(ctx.arena);
+      const Matrix<S> x = ctx.storage(saved != nullptr).template matrix<S>(h.extent(0), h.extent(1));
+      norm.forward(ctx, h, x, saved ? &saved->norm : nullptr);
+      if (saved)
+        head.forward(ctx, x, logits, &saved->head);
+      else
+        head.forward(ctx, x, logits);
+    }
+    /// dh = the gradient of predict's h, from that of its logits; adds those of trained parameters (of a tied head: to the table's).
+    void predict_backward(Context<B>& ctx, Matrix<const S> dlogits, const Saved& saved, Gradients<S>& gradients, Matrix<S> dh) const {
+      const Arena::Scope scope(ctx.arena);
+      const Matrix<S> dx = ctx.arena.template matrix<S>(dh.extent(0), dh.extent(1));
+      head.backward(ctx, dlogits, saved.head, gradients, embed_tokens.weight, dx);
+      norm.backward(ctx, dx, saved.norm, gradients, dh);
     }
 
    private:

@@ -51,6 +51,7 @@ struct ClipVit {
 
   template <class B>
   struct Block {
+    using S = ScalarOf<B>;
     LayerNorm<B> layer_norm1, layer_norm2;
     FullAttention<B> self_attn;
     Mlp<B> mlp;
@@ -68,6 +69,38 @@ struct ClipVit {
       visit("layer_norm1", self.layer_norm1);
       visit("mlp", self.mlp);
       visit("layer_norm2", self.layer_norm2);
+    }
+    void prepare(Context<B>& ctx, DType format) {
+      layer_norm1.prepare(ctx);
+      layer_norm2.prepare(ctx);
+      self_attn.prepare(ctx, format);
+      mlp.prepare(ctx, format);
+    }
+
+    struct Saved {
+      typename LayerNorm<B>::Saved layer_norm1, layer_norm2;
+      typename FullAttention<B>::Saved self_attn;
+      typename Mlp<B>::Saved mlp;
+    };
+    /// h += self_attn(layer_norm1(h)), then h += mlp(layer_norm2(h)). requires h [tokens, hidden]; keys and values in `format`.
+    void forward(Context<B>& ctx, DType format, Matrix<S> h, Saved* saved = nullptr) const {
+      const Arena::Scope scope(ctx.arena);
+      const bool keep = saved != nullptr;
+      Arena& storage = ctx.storage(keep);
+      const Matrix<S> x = storage.template matrix<S>(h.extent(0), h.extent(1)), x2 = keep ? storage.template matrix<S>(h.extent(0), h.extent(1)) : x;
+      layer_norm1.forward(ctx, ctx.keep(h, keep), x, keep ? &saved->layer_norm1 : nullptr);
+      self_attn.forward(ctx, format, x, h, keep ? &saved->self_attn : nullptr);
+      layer_norm2.forward(ctx, ctx.keep(h, keep), x2, keep ? &saved->layer_norm2 : nullptr);
+      mlp.forward(ctx, x2, h, keep ? &saved->mlp : nullptr);
+    }
+    /// Turns dh, the gradient of the block's output, into that of its input, and adds those of trained parameters.
+    void backward(Context<B>& ctx, Matrix<S> dh, const Saved& saved, Gradients<S>& gradients) const {
+      const Arena::Scope scope(ctx.arena);
+      const Matrix<S> dx = ctx.arena.template matrix<S>(dh.extent(0), dh.extent(1));
+      mlp.backward(ctx, dh, saved.mlp, gradients, dx);
+      layer_norm2.backward(ctx, dx, saved.layer_norm2, gradients, dh, true);
+      self_attn.backward(ctx, dh, saved.self_attn, gradients, dx);
+      layer_norm1.backward(ctx, dx, saved.layer_norm1, gradients, dh, true);
     }
   };
 
@@ -141,19 +174,21 @@ struct ClipVit {
       position_values_ = position_embedding.value.template to<S>();
       patch_embedding.prepare(ctx, format);
       pre_layrnorm.prepare(ctx);
-      for (Block<B>& block : layers) {
-        block.layer_norm1.prepare(ctx);
-        block.layer_norm2.prepare(ctx);
-        block.self_attn.prepare(ctx, format);
-        block.mlp.prepare(ctx, format);
-      }
+      for (Block<B>& block : layers) block.prepare(ctx, format);
       if (pools()) post_layernorm.prepare(ctx);
       if (projects()) visual_projection.prepare(ctx, format);
     }
 
+    struct Saved {
+      Matrix<const S> patches;  // what patch_embedding reads
+      typename LayerNorm<B>::Saved pre_layrnorm, post_layernorm;
+      std::vector<typename Block<B>::Saved> layers;
+      typename Linear<B>::Saved visual_projection;
+    };
     /// requires image [channels, image_size, image_size], normalised, features [tokens(), width()].
     /// `tap(layer, h)` sees hidden_states as transformers numbers them: 0 = after pre_layrnorm, i = after block i.
-    void forward(Context<B>& ctx, const Tensor<float>& image, Matrix<S> features, FunctionRef<void(std::int64_t, Matrix<const S>)> tap = {}) const {
+    void forward(Context<B>& ctx, const Tensor<float>& image, Matrix<S> features, FunctionRef<void(std::int64_t, Matrix<const S>)> tap = {},
+                 Saved* saved = nullptr) const {
       const View<const float, 3> pixels = image.view<3>();
       require<InputError>(pixels.extent(0) == config_.num_channels && pixels.extent(1) == config_.image_size && pixels.extent(2) == config_.image_size,
                           "m2lm::ClipVit: pixels are ", pixels.shape().string(), ", the encoder takes ",
@@ -162,32 +197,58 @@ struct ClipVit {
               Shape{tokens(), width()}.string());
       const Arena::Scope scope(ctx.arena);
       const std::int64_t patches = position_embedding.shape[0] - 1, d = config_.hidden_size;
-      const Matrix<S> h = ctx.arena.template matrix<S>(patches + 1, d), x = ctx.arena.template matrix<S>(patches + 1, d);
-      embed(ctx, pixels, h);
-      pre_layrnorm.forward(ctx, h, h);
+      Arena& storage = ctx.storage(saved != nullptr);
+      const Matrix<S> h = storage.template matrix<S>(patches + 1, d), embedded = saved ? storage.template matrix<S>(patches + 1, d) : h;
+      embed(ctx, pixels, embedded, saved);
+      pre_layrnorm.forward(ctx, embedded, h, saved ? &saved->pre_layrnorm : nullptr);
       if (tap) tap(0, h);
-      std::int64_t layer = 0;
-      for (const Block<B>& block : layers) {
-        block.layer_norm1.forward(ctx, h, x);
-        block.self_attn.forward(ctx, format_, x, h);
-        block.layer_norm2.forward(ctx, h, x);
-        block.mlp.forward(ctx, x, h);
-        if (tap) tap(++layer, h);
+      if (saved) saved->layers.resize(layers.size());
+      for (std::size_t i = 0; i < layers.size(); ++i) {
+        layers[i].forward(ctx, format_, h, saved ? &saved->layers[i] : nullptr);
+        if (tap) tap(static_cast<std::int64_t>(i) + 1, h);
       }
-      const std::int64_t first = features_ == VitFeatures::all_tokens ? 0 : 1;
       if (pools()) {
-        post_layernorm.forward(ctx, h.rows(0, 1), x.rows(0, 1));
-        write(ctx, x.rows(0, 1), features);
+        const Matrix<S> pooled = storage.template matrix<S>(1, d);
+        post_layernorm.forward(ctx, h.rows(0, 1), pooled, saved ? &saved->post_layernorm : nullptr);
+        write(ctx, pooled, features, saved);
       } else {
-        write(ctx, M2LM_FAULT(22) && first == 1 ? h.rows(0, patches) : h.rows(first, patches + 1), features);
+        write(ctx, M2LM_FAULT(22) && first_row() == 1 ? h.rows(0, patches) : h.rows(first_row(), patches + 1), features, saved);
       }
+    }
+    /// From the gradient of the features: adds those of trained parameters. (That of the pixels is not computed.)
+    void backward(Context<B>& ctx, Matrix<const S> dfeatures, const Saved& saved, Gradients<S>& gradients) const {
+      require(dfeatures.extent(0) == tokens() && dfeatures.extent(1) == width(), "m2lm::ClipVit: the gradient of the features is ", dfeatures.shape().string(),
+              ", expected ", Shape{tokens(), width()}.string());
+      const Arena::Scope scope(ctx.arena);
+      const std::int64_t rows = position_embedding.shape[0], d = config_.hidden_size;
+      const Matrix<S> dh = ctx.arena.template matrix<S>(rows, d), handed_on = pools() ? ctx.arena.template matrix<S>(1, d) : dh.rows(first_row(), rows);
+      std::fill_n(dh.data(), dh.elements(), S(0));
+      if (projects())
+        visual_projection.backward(ctx, dfeatures, saved.visual_projection, gradients, handed_on);
+      else
+        copy_rows(dfeatures, handed_on);
+      if (pools()) post_layernorm.backward(ctx, handed_on, saved.post_layernorm, gradients, dh.rows(0, 1));
+      const bool embeddings_trained = gradients.trains(class_embedding) || gradients.trains(position_embedding) || patch_embedding.is_trained(gradients) ||
+                                      gradients.trains(pre_layrnorm);
+      const std::size_t last = embeddings_trained ? 0 : first_trained(layers, gradients);
+      for (std::size_t i = layers.size(); i-- > last;) layers[i].backward(ctx, dh, saved.layers[i], gradients);
+      if (!embeddings_trained) return;
+      const Matrix<S> dembedded = ctx.arena.template matrix<S>(rows, d);
+      pre_layrnorm.backward(ctx, dh, saved.pre_layrnorm, gradients, dembedded);
+      if (Tensor<S>* g = gradients.find(class_embedding)) ops::add_rows(ctx, Matrix<S>(g->data(), {1, d}), Matrix<const S>(dembedded.rows(0, 1)));
+      if (Tensor<S>* g = gradients.find(position_embedding)) ops::add_rows(ctx, g->template view<2>(), Matrix<const S>(dembedded));
+      patch_embedding.parameter_gradients(ctx, saved.patches, dembedded.rows(1, rows), gradients);
     }
 
    private:
-    void embed(Context<B>& ctx, View<const float, 3> pixels, Matrix<S> h) const {
+    /// Which row of the hidden states is the first of the features.
+    std::int64_t first_row() const { return features_ == VitFeatures::all_tokens ? 0 : 1; }
+
+    void embed(Context<B>& ctx, View<const float, 3> pixels, Matrix<S> h, Saved* saved) const {
       const Arena::Scope scope(ctx.arena);
       const std::int64_t patches = h.extent(0) - 1, inputs = config_.num_channels * config_.patch_size * config_.patch_size;
-      const Matrix<S> cut = ctx.arena.template matrix<S>(patches, inputs);
+      const Matrix<S> cut = ctx.storage(saved != nullptr).template matrix<S>(patches, inputs);
+      if (saved) saved->patches = cut;
       const View<S, 3> converted(ctx.arena.template take<S>(pixels.elements()), pixels.extents());
       for (std::int64_t c = 0; c < pixels.extent(0); ++c)
         for (std::int64_t i = 0; i < pixels.extent(1); ++i)
@@ -197,11 +258,11 @@ struct ClipVit {
       for (std::int64_t j = 0; j < h.extent(1); ++j) h(0, j) = class_values_.data()[j] + positions(0, j);
       patch_embedding.forward(ctx, cut, h.rows(1, patches + 1), Activation::none, positions.rows(1, patches + 1));
     }
-    void write(Context<B>& ctx, Matrix<const S> h, Matrix<S> features) const {
+    void write(Context<B>& ctx, Matrix<const S> h, Matrix<S> features, Saved* saved) const {
       if (projects())
-        visual_projection.forward(ctx, h, features);
+        visual_projection.forward(ctx, h, features, saved ? &saved->visual_projection : nullptr);
       else
-        for (std::int64_t i = 0; i < h.extent(0); ++i) std::copy_n(h.row(i), h.extent(1), features.row(i));
+        copy_rows(h, features);
     }
   };
 };

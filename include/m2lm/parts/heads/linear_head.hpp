@@ -10,6 +10,7 @@ namespace m2lm {
 struct LinearHead {
   template <class B, Precision P>
   class On {
+    using S = ScalarOf<B>;
     bool tied_ = false;
 
    public:
@@ -28,8 +29,14 @@ struct LinearHead {
       linear.prepare(ctx, format);
     }
 
+    using Saved = typename Linear<B>::Saved;
     /// logits = x·wᵀ. requires x [rows, hidden], logits [rows, vocabulary].
-    void forward(Context<B>& ctx, Matrix<const ScalarOf<B>> x, Matrix<ScalarOf<B>> logits) const { linear.forward(ctx, x, logits); }
+    void forward(Context<B>& ctx, Matrix<const S> x, Matrix<S> logits, Saved* saved = nullptr) const { linear.forward(ctx, x, logits, saved); }
+    /// `embedding` is the table that a tied head reads: the gradient of its weight belongs there.
+    void backward(Context<B>& ctx, Matrix<const S> dlogits, const Saved& saved, Gradients<S>& gradients, const Parameter& embedding, Matrix<S> dx) const {
+      Linear<B>::parameter_gradients(ctx, saved.x, dlogits, gradients.find(tied_ ? embedding : linear.weight), nullptr);
+      if (dx.data()) linear.input_gradient(ctx, dlogits, dx);
+    }
   };
 };
 

@@ -4,7 +4,7 @@
 
 #include <m2lm/layers/linear.hpp>
 
-#include <algorithm>
+#include <array>
 #include <string>
 #include <vector>
 
@@ -46,16 +46,45 @@ struct MlpProjector {
     /// Rows that `tokens` rows of features become.
     std::int64_t output_tokens(std::int64_t tokens) const { return tokens; }
 
+    struct Saved {
+      std::array<Matrix<const S>, Depth> x;      // the input of each layer; the first is the caller's
+      std::array<Matrix<const S>, Depth - 1> z;  // what each layer but the last gives, before the activation
+    };
     /// requires x [tokens, input_width], y [output_tokens(tokens), output_width].
-    void forward(Context<B>& ctx, Matrix<const S> x, Matrix<S> y) const {
+    void forward(Context<B>& ctx, Matrix<const S> x, Matrix<S> y, Saved* saved = nullptr) const {
       const Arena::Scope scope(ctx.arena);
+      Arena& storage = ctx.storage(saved != nullptr);
+      const Activation activation = M2LM_FAULT(30) && config_.activation == Activation::gelu ? Activation::gelu_tanh : config_.activation;
       Matrix<const S> input = x;
       for (std::size_t i = 0; i < layers.size(); ++i) {
         const bool last = i + 1 == layers.size();
-        const Matrix<S> out = last ? y : ctx.arena.template matrix<S>(x.extent(0), config_.output_width);
-        const Activation activation = M2LM_FAULT(30) && config_.activation == Activation::gelu ? Activation::gelu_tanh : config_.activation;
-        layers[i].forward(ctx, input, out, last ? Activation::none : activation);
+        const Matrix<S> out = last ? y : storage.template matrix<S>(x.extent(0), config_.output_width);
+        if (saved) saved->x[i] = input;
+        if (saved && !last) {
+          const Matrix<S> z = storage.template matrix<S>(x.extent(0), config_.output_width);
+          layers[i].forward(ctx, input, z);
+          ops::activation_forward(ctx, Matrix<const S>(z), activation, out);
+          saved->z[i] = z;
+        } else {
+          layers[i].forward(ctx, input, out, last ? Activation::none : activation);
+        }
         input = out;
+      }
+    }
+    /// From dy: adds the gradients of trained parameters, and writes that of x to dx unless dx is empty.
+    void backward(Context<B>& ctx, Matrix<const S> dy, const Saved& saved, Gradients<S>& gradients, Matrix<S> dx) const {
+      const Arena::Scope scope(ctx.arena);
+      Matrix<const S> d = dy;
+      for (std::size_t i = layers.size(); i-- > 0;) {
+        layers[i].parameter_gradients(ctx, saved.x[i], d, gradients);
+        if (i == 0) {
+          if (dx.data()) layers[0].input_gradient(ctx, d, dx);
+          return;
+        }
+        const Matrix<S> below = ctx.arena.template matrix<S>(d.extent(0), saved.x[i].extent(1));
+        layers[i].input_gradient(ctx, d, below);
+        ops::activation_backward(ctx, Matrix<const S>(below), saved.z[i - 1], config_.activation, below);
+        d = below;
       }
     }
   };
@@ -76,8 +105,10 @@ struct IdentityProjector {
               c.output_width);
     }
     std::int64_t output_tokens(std::int64_t tokens) const { return tokens; }
-    void forward(Context<B>&, Matrix<const S> x, Matrix<S> y) const {
-      for (std::int64_t i = 0; i < x.extent(0); ++i) std::copy_n(x.row(i), x.extent(1), y.row(i));
+    struct Saved {};
+    void forward(Context<B>&, Matrix<const S> x, Matrix<S> y, Saved* = nullptr) const { copy_rows(x, y); }
+    void backward(Context<B>&, Matrix<const S> dy, const Saved&, Gradients<S>&, Matrix<S> dx) const {
+      if (dx.data()) copy_rows(dy, dx);
     }
   };
 };
