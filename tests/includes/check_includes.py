@@ -34,7 +34,7 @@ FLOORS = {
     "serve": ["models"],
     "train": ["models"],
     "eval": ["core", "io"],
-    "testing": ["models", "train"],
+    "testing": ["models", "train", "backends"],
 }
 CONFIG_HEADERS = {"version.hpp", "config.hpp", "fwd.hpp"}
 # The headers that stand above all floors, and the floors that each may include.

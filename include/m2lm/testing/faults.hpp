@@ -1,5 +1,5 @@
 // The faults that -DM2LM_PLANT_FAULT=n plants: each is a mistake that is easy to make, and a test must notice every one.
-// Floor: testing. May include: config, core, ops, layers, parts, io, sampling, models, train.
+// Floor: testing. May include: config, core, ops, backends, layers, parts, io, sampling, models, train.
 #pragma once
 
 #include <m2lm/config.hpp>
@@ -44,6 +44,13 @@ enum class Fault : std::uint8_t {
   projector_with_tanh_gelu = 30,
   last_token_of_the_answer_forgotten = 31,
   attention_scale_without_root = 32,
+  rope_gradient_turned_forwards = 33,
+  softmax_gradient_without_its_mean = 34,
+  key_gradient_of_one_head_of_a_group = 35,
+  norm_gradient_with_a_fixed_scale = 36,
+  gated_gradient_without_activation = 37,
+  residual_gradient_dropped = 38,
+  ignored_target_has_a_gradient = 39,
   file_named_before_it_is_on_the_disk = 55,
   truncated_mapping_not_reported = 56,
   nan_weights_pass_the_check = 57,
@@ -91,6 +98,13 @@ inline constexpr auto fault_notes = std::to_array<FaultNote>({
     {Fault::projector_with_tanh_gelu, "parts", "the projector uses the tanh approximation of gelu"},
     {Fault::last_token_of_the_answer_forgotten, "models", "a conversation goes on without the token chosen last"},
     {Fault::attention_scale_without_root, "layers", "scores are divided by head_dim instead of its square root"},
+    {Fault::rope_gradient_turned_forwards, "backends", "the gradient of a rotation is rotated by the same angle again"},
+    {Fault::softmax_gradient_without_its_mean, "backends", "the gradient of scores leaves out that probabilities sum to one"},
+    {Fault::key_gradient_of_one_head_of_a_group, "backends", "keys and values get the gradient of one query head of their group"},
+    {Fault::norm_gradient_with_a_fixed_scale, "backends", "rms_norm is differentiated as if its scale did not depend on x"},
+    {Fault::gated_gradient_without_activation, "backends", "the gradient of `up` is multiplied by the gate before its activation"},
+    {Fault::residual_gradient_dropped, "parts", "a block passes on the gradient of its MLP without that of the residual"},
+    {Fault::ignored_target_has_a_gradient, "backends", "positions outside the loss get the gradient of a softmax"},
     {Fault::file_named_before_it_is_on_the_disk, "io", "a saved file gets its name before its bytes are flushed"},
     {Fault::truncated_mapping_not_reported, "io", "what was read of a file that was cut short counts as read"},
     {Fault::nan_weights_pass_the_check, "models", "the check of weights finds nothing"},

@@ -1,5 +1,5 @@
 // gradient_check: a module's backward pass against exact derivatives of its forward pass.
-// Floor: testing. May include: config, core, ops, layers, parts, io, sampling, models, train.
+// Floor: testing. May include: config, core, ops, backends, layers, parts, io, sampling, models, train.
 #pragma once
 
 #include <m2lm/backends/reference/reference.hpp>

@@ -1,5 +1,5 @@
 // Random checkpoints in the Hugging Face layout, as small as one likes: for tests of programs that load a model.
-// Floor: testing. May include: config, core, ops, layers, parts, io, sampling, models, train.
+// Floor: testing. May include: config, core, ops, backends, layers, parts, io, sampling, models, train.
 #pragma once
 
 #include <m2lm/core/rng.hpp>

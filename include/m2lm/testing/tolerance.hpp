@@ -1,5 +1,5 @@
 // Comparing tensors, and how far two computations of the same thing may differ.
-// Floor: testing. May include: config, core, ops, layers, parts, io, sampling, models, train.
+// Floor: testing. May include: config, core, ops, backends, layers, parts, io, sampling, models, train.
 #pragma once
 
 #include <m2lm/core/tensor.hpp>
