@@ -16,8 +16,10 @@
 #include <m2lm/io/unicode_tables_impl.hpp>
 #include <m2lm/io/byte_bpe_impl.hpp>
 #include <m2lm/io/tokenizer_impl.hpp>
+#include <m2lm/io/gguf_tokenizer_impl.hpp>
 #include <m2lm/io/image_impl.hpp>
 #include <m2lm/io/image_processor_impl.hpp>
+#include <m2lm/io/gguf_model_impl.hpp>
 #include <m2lm/models/chat_template_impl.hpp>
 #include <m2lm/models/hf_config_impl.hpp>
 #include <m2lm/models/loader_impl.hpp>

@@ -8,6 +8,7 @@
 #include <m2lm/io/directory.hpp>
 #include <m2lm/io/file.hpp>
 #include <m2lm/io/gguf.hpp>
+#include <m2lm/io/gguf_model.hpp>
 #include <m2lm/io/image.hpp>
 #include <m2lm/io/image_processor.hpp>
 #include <m2lm/io/pickle.hpp>

@@ -266,9 +266,8 @@ def byte_level(out, name, pre):
     writer.add_token_types([k for _, k in tokens])
     writer.add_token_merges([m if isinstance(m, str) else " ".join(m) for m in source["model"]["merges"]])
     ids = {t: i for i, (t, _) in enumerate(tokens)}
-    for role, content in (("bos", "<|begin_of_text|>"), ("eos", "<|eot_id|>"), ("eos", "<|im_end|>")):
-        if content in ids:
-            getattr(writer, f"add_{role}_token_id")(ids[content])
+    for role, content in (("bos", "<|begin|>"), ("eos", "<|end|>")):
+        getattr(writer, f"add_{role}_token_id")(ids[content])
     finish(writer)
 
 

@@ -14,6 +14,12 @@
 
 namespace m2lm {
 
+class ConfigValue;
+class Gguf;
+namespace detail {
+struct TokenizerFiles;
+}
+
 /// Text to ids and back. Immutable; copies share the vocabulary, several threads may use it.
 /// Ids equal those of transformers for the same directory: added tokens are cut out of the text first, what is between them goes
 /// through sentencepiece, or through the byte-level BPE of a tokenizer.json (GPT-2, LLaMA 3, Qwen2).
@@ -22,6 +28,8 @@ class Tokenizer {
   std::shared_ptr<const State> state_;
   friend class TokenStream;
   static Tokenizer from_tokenizer_json(std::string_view directory);
+  static Tokenizer of_sentencepiece(std::string model, detail::TokenizerFiles files, std::string path);
+  static Tokenizer of_bpe(const ConfigValue& json, detail::TokenizerFiles files, std::string path);
 
  public:
   Tokenizer() = default;
@@ -30,6 +38,11 @@ class Tokenizer {
   /// no normaliser or NFC.
   /// throws CheckpointError naming the file: missing, damaged, contradictory, or of a kind that is not supported yet.
   static Tokenizer from_directory(std::string_view directory);
+  /// The vocabulary in a GGUF file's `tokenizer.ggml.*`: "llama" (sentencepiece's BPE with scores) gives the ids of the tokenizer.model that
+  /// it was made from, "gpt2" (byte-level BPE) those of the tokenizer.json; `pre` must be llama-bpe, qwen2 or gpt-2. Control and
+  /// user-defined tokens are cut out of the text first.
+  /// throws CheckpointError naming file and key.
+  static Tokenizer from_gguf(const Gguf& file);
 
   /// Ids of the text. With `add_bos` the beginning-of-sequence token comes first, if the checkpoint has one;
   /// with byte-level BPE: what the post-processor of tokenizer.json puts in front. Bytes that are not UTF-8 then count as U+FFFD.

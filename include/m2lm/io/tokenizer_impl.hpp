@@ -86,10 +86,6 @@ M2LM_IMPL std::string replace_all(std::string_view text, std::string_view from, 
 
 }  // namespace detail
 
-namespace detail {
-struct TokenizerFiles;
-}
-
 struct Tokenizer::State {
   sentencepiece::SentencePieceProcessor processor;
   std::string model_path;
@@ -192,6 +188,7 @@ namespace detail {
 /// What tokenizer.json, the other files and the model say, gathered before the ids are laid out.
 struct TokenizerFiles {
   std::map<std::int32_t, std::pair<AddedToken, std::string>> added;  // by id, with the file that said so
+  std::unordered_map<std::string, std::int32_t> added_ids;           // by content
   std::map<std::string, std::string> named;                          // "bos_token" -> content
   std::vector<std::string> extra_special;
   std::optional<PrefixRule> json_rule;
@@ -205,9 +202,10 @@ M2LM_IMPL void add_token(TokenizerFiles& files, AddedToken token, const std::str
   if (token.content.empty()) throw CheckpointError(concat(file, ": an added token with id ", token.id, " has no text"));
   if (token.id < 0 || token.id > max_token_id)
     throw CheckpointError(concat(file, ": added token \"", token.content, "\" has id ", token.id, "; ids lie between 0 and ", max_token_id));
-  for (const auto& [id, known] : files.added)
-    if (id != token.id && known.first.content == token.content)
-      throw CheckpointError(concat(file, ": added token \"", token.content, "\" has id ", token.id, ", in ", known.second, " it has id ", id));
+  const auto same = files.added_ids.try_emplace(token.content, token.id).first;
+  if (same->second != token.id)
+    throw CheckpointError(concat(file, ": added token \"", token.content, "\" has id ", token.id, ", in ", files.added.at(same->second).second, " it has id ",
+                                 same->second));
   const auto [known, inserted] = files.added.try_emplace(token.id, token, file);
   if (!inserted && known->second.first.content != token.content)
     throw CheckpointError(concat(file, ": id ", token.id, " is \"", token.content, "\", in ", known->second.second, " it is \"",
@@ -375,12 +373,15 @@ M2LM_IMPL void Tokenizer::State::add_tokens(detail::TokenizerFiles& files, std::
 
 M2LM_IMPL Tokenizer Tokenizer::from_tokenizer_json(std::string_view directory) {
   const std::string path = join_path(directory, "tokenizer.json");
-  const ConfigValue json = ConfigValue::parse_file(path);
+  return of_bpe(ConfigValue::parse_file(path), detail::read_tokenizer_files(directory), path);
+}
+
+/// `json` is as tokenizer.json has it; `path` is the file it came from.
+M2LM_IMPL Tokenizer Tokenizer::of_bpe(const ConfigValue& json, detail::TokenizerFiles files, std::string path) {
   auto state = std::make_shared<State>();
   state->model_path = path;
   state->strip_first_space = false;
   auto bpe = std::make_unique<detail::ByteBpe>(json, detail::max_token_id);
-  detail::TokenizerFiles files = detail::read_tokenizer_files(directory);
   std::size_t pieces = 0;
   for (const auto& [text, id] : bpe->vocabulary) pieces = std::max(pieces, static_cast<std::size_t>(id) + 1);
   state->tokens.resize(pieces);
@@ -415,7 +416,11 @@ M2LM_IMPL Tokenizer Tokenizer::from_directory(std::string_view directory) try {
   const std::string problem = detail::try_read_file(path, std::size_t{1} << 28, model);
   require<CheckpointError>(problem.empty(), problem);
   require<CheckpointError>(!model.empty(), path, ": the file is empty; a sentencepiece model is needed");
+  return of_sentencepiece(std::move(model), std::move(files), path);
+}
 
+/// `model` is a serialized sentencepiece model; `path` is the file it came from.
+M2LM_IMPL Tokenizer Tokenizer::of_sentencepiece(std::string model, detail::TokenizerFiles files, std::string path) {
   auto state = std::make_shared<State>();
   state->model_path = path;
   const auto load = [&](const std::string& bytes) {

@@ -10,7 +10,7 @@
 
 namespace m2lm {
 
-enum class RopeScaling : std::uint8_t { none, linear, llama3 };
+enum class RopeScaling : std::uint8_t { none, linear, llama3, factors };
 
 /// Run-time values of config.json (`rope_theta`, `rope_scaling`, or `rope_parameters`).
 struct RopeConfig {
@@ -20,15 +20,18 @@ struct RopeConfig {
   double low_freq_factor = 1.0;                 ///< llama3
   double high_freq_factor = 4.0;                ///< llama3
   double original_max_position_embeddings = 0;  ///< llama3
+  std::vector<double> factors = {};             ///< factors: each frequency is divided by its own; [head_dim/2]
 };
 
-/// Angle per position of each pair: [head_dim/2]. source: transformers' modeling_rope_utils (default, linear, llama3).
+/// Angle per position of each pair: [head_dim/2]. source: transformers' modeling_rope_utils (default, linear, llama3), llama.cpp's
+/// rope_freqs (factors).
 /// Rounded to f32, as the checkpoints were trained with.
 inline std::vector<float> rope_frequencies(const RopeConfig& config, std::int64_t head_dim) {
   std::vector<float> frequencies(static_cast<std::size_t>(head_dim / 2));
   for (std::size_t i = 0; i < frequencies.size(); ++i) {
     double f = std::pow(config.theta, -2.0 * static_cast<double>(i) / static_cast<double>(head_dim));
     if (config.scaling == RopeScaling::linear) f /= config.factor;
+    if (config.scaling == RopeScaling::factors) f /= config.factors.at(i);
     if (config.scaling == RopeScaling::llama3 && !M2LM_FAULT(24)) {
       const double wavelength = 2.0 * std::numbers::pi / f;
       const double low = config.original_max_position_embeddings / config.low_freq_factor;

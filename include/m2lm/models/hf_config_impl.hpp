@@ -33,7 +33,16 @@ inline void read_rope(const ConfigValue& text, RopeConfig& rope) {
   if (newer) rope.theta = read_positive(scaling, "rope_theta", rope.theta);
   const std::string type = scaling.get_or<std::string>("rope_type", scaling.get_or<std::string>("type", "default"));
   if (type == "default") return;
-  if (type != "linear" && type != "llama3") scaling.fail(concat("rope_type \"", type, "\" is not supported; default, linear and llama3 are"));
+  if (type == "longrope") {  // what the rope_freqs of a GGUF file are for transformers
+    rope.scaling = RopeScaling::factors;
+    rope.factors = scaling.get_list<double>("short_factor");
+    for (const double factor : rope.factors)
+      if (!(factor > 0)) scaling.fail(concat("short_factor: ", factor, " is not above 0"));
+    if (scaling.get_list<double>("long_factor") != rope.factors || scaling.get_or<double>("attention_factor", 0.0) != 1.0)
+      scaling.fail("longrope is supported with equal short_factor and long_factor and an attention_factor of 1 only");
+    return;
+  }
+  if (type != "linear" && type != "llama3") scaling.fail(concat("rope_type \"", type, "\" is not supported; default, linear, llama3 and longrope are"));
   rope.factor = read_positive(scaling, "factor", 1.0);
   if (type == "linear") {
     rope.scaling = RopeScaling::linear;
@@ -92,6 +101,8 @@ M2LM_IMPL void read_config(const ConfigValue& root, LlamaConfig& config) {
   if (config.num_heads % config.num_kv_heads != 0)
     text.fail(concat(config.num_heads, " attention heads do not share ", config.num_kv_heads, " key-value heads evenly"));
   if (config.head_dim % 2 != 0) text.fail(concat("head_dim = ", config.head_dim, " is odd; rotary embedding needs pairs"));
+  if (config.rope.scaling == RopeScaling::factors && static_cast<std::int64_t>(config.rope.factors.size()) != config.head_dim / 2)
+    text.fail(concat("rope_scaling has ", config.rope.factors.size(), " factors, head_dim = ", config.head_dim, " needs one for each pair"));
 }
 
 M2LM_IMPL void read_config(const ConfigValue& root, ClipVisionConfig& config) {
