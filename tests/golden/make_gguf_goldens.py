@@ -7,7 +7,7 @@ formats.gguf         every block format, of random bytes, and metadata of every 
 formats.safetensors  what gguf.quants makes of them
 NAME.gguf            the model of llama/NAME: names, permuted rows of q and k, and metadata as llama.cpp's converter writes them
 llava/               llava/with_tokenizer as a text model with its tokenizer, and a CLIP companion (newer names)
-mmproj-legacy.gguf   the same companion under the older names: fc1 is called ffn_down, the last block is left out
+legacy/              the same companion under the older names: fc1 is called ffn_down, the last block is left out
 tokenizer-NAME.gguf  the vocabulary of bpe/NAME, without tensors
 """
 import argparse
@@ -239,7 +239,8 @@ def llava(out):
     tensors, _ = load(source)
     text = {n.removeprefix("language_model."): v for n, v in tensors.items() if n.startswith("language_model.")}
     rest = {n: v for n, v in tensors.items() if not n.startswith("language_model.")}
-    (out / "llava").mkdir(exist_ok=True)
+    for name in ("llava", "legacy"):
+        (out / name).mkdir(exist_ok=True)
     writer = gguf.GGUFWriter(out / "llava" / "text.gguf", "llama")
     writer.add_name("tiny llava")
     text_model(writer, config["text_config"], text, dict.fromkeys(text, Q.F32))
@@ -250,7 +251,7 @@ def llava(out):
     finish(writer)
     processor = json.loads((source / "preprocessor_config.json").read_text())
     companion(out / "llava" / "mmproj.gguf", config, rest, processor, False)
-    companion(out / "mmproj-legacy.gguf", config, rest, processor, True)
+    companion(out / "legacy" / "mmproj.gguf", config, rest, processor, True)
 
 
 def byte_level(out, name, pre):

@@ -131,6 +131,7 @@ TEST_CASE("metadata of every type") {
   CHECK(meta.get<std::int64_t>("value.uint64") == std::int64_t{1} << 62);
   CHECK(meta.get<std::int64_t>("value.int64") == -(std::int64_t{1} << 62));
   CHECK(meta.get<float>("value.float32") == 0.1F);
+  CHECK(meta.get<double>("value.float32") == 0.1);
   CHECK(meta.get<double>("value.float64") == 0.1);
   CHECK(meta.get<bool>("value.bool"));
   CHECK(meta.get<std::string>("value.string") == "\u2581h\u00e9 <0x0A>");

@@ -4,6 +4,7 @@
 
 #include <m2lm/core/tensor.hpp>
 #include <m2lm/io/config.hpp>
+#include <m2lm/io/gguf.hpp>
 #include <m2lm/io/safetensors.hpp>
 
 #include <cstddef>
@@ -18,10 +19,12 @@ namespace m2lm {
 struct CheckpointLimits {
   JsonLimits json = {};
   SafetensorsLimits safetensors = {};
+  GgufLimits gguf = {};
 };
 
 /// All tensors of a directory: `model.safetensors`, or the shards that `model.safetensors.index.json` names, or the same with
-/// `pytorch_model.bin` (io/pytorch.hpp). Memory-mapped; copies share the mapping.
+/// `pytorch_model.bin` (io/pytorch.hpp), or a model in GGUF (io/gguf_model.hpp) under the names it has in such a directory.
+/// Memory-mapped; copies share the mapping.
 class Checkpoint {
   struct State;
   std::shared_ptr<const State> state_;
@@ -30,6 +33,7 @@ class Checkpoint {
   Checkpoint() = default;
   /// throws CheckpointError: no such directory, no checkpoint in it, a format that is not supported, a missing shard, shards
   /// that lack promised tensors, an index that leads out of the directory, or a damaged file. All that is missing is named at once.
+  /// `directory` may be the path of a *.gguf file.
   static Checkpoint open(std::string_view directory, const CheckpointLimits& limits = {});
 
   /// Tensors that are in no file; `name` stands for the directory in messages. requires distinct names.
@@ -38,7 +42,8 @@ class Checkpoint {
   const std::string& directory() const;
   /// In the order of the files and, in each, of their data.
   std::vector<std::string> names() const;
-  /// nullptr when there is no such tensor. throws CheckpointError when it is there with a dtype the library does not know.
+  /// nullptr when there is no such tensor. Of a GGUF model, what is quantised becomes f32 when it is first asked for.
+  /// throws CheckpointError when it is there with a dtype the library does not know.
   const AnyTensor* find(std::string_view name) const;
   /// Path of the file that holds the tensor. throws CheckpointError when there is no such tensor.
   std::string_view file_of(std::string_view name) const;

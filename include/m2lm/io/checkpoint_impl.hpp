@@ -4,17 +4,37 @@
 
 #include <m2lm/io/checkpoint.hpp>
 #include <m2lm/io/config_impl.hpp>
+#include <m2lm/io/gguf_model_impl.hpp>
 #include <m2lm/io/pytorch_impl.hpp>
 #include <m2lm/io/safetensors_impl.hpp>
 
 #include <algorithm>
 #include <iterator>
 #include <map>
+#include <mutex>
 #include <optional>
 #include <set>
 #include <unordered_map>
 
 namespace m2lm {
+
+namespace detail {
+
+/// A tensor that has to be made from what is stored, once, when it is first asked for.
+class DeferredTensor {
+  GgufModel::Source source_;
+  std::once_flag once_;
+  AnyTensor tensor_;
+
+ public:
+  explicit DeferredTensor(GgufModel::Source source) : source_(std::move(source)) {}
+  const AnyTensor& get() {
+    std::call_once(once_, [&] { tensor_ = GgufModel::read(source_); });
+    return tensor_;
+  }
+};
+
+}  // namespace detail
 
 struct Checkpoint::State {
   static constexpr std::size_t no_file = static_cast<std::size_t>(-1);
@@ -22,6 +42,7 @@ struct Checkpoint::State {
     std::size_t file = 0;
     std::optional<AnyTensor> tensor;
     std::string problem = {};  // why there is no tensor: its dtype is not supported
+    std::shared_ptr<detail::DeferredTensor> deferred = {};
   };
   std::string directory;
   CheckpointLimits limits;
@@ -66,6 +87,17 @@ struct Checkpoint::State {
     });
   }
 
+  void add_gguf(const GgufModel& model) {
+    files.push_back(model.text.mapping());
+    if (model.vision) files.push_back(model.vision->mapping());
+    for (GgufModel::Source& source : model.sources()) {
+      const std::size_t file = source.file.path() == files.front().path() ? 0 : 1;
+      const std::string name = source.name;
+      require<CheckpointError>(!entries.contains(name), files[file].path(), ": tensor \"", source.stored, "\" and another both stand for ", name);
+      add(name, Entry{file, std::nullopt, {}, std::make_shared<detail::DeferredTensor>(std::move(source))});
+    }
+  }
+
   /// Adds the shards that the index file names.
   void add_shards(const std::string& index);
 };
@@ -106,12 +138,16 @@ M2LM_IMPL Checkpoint Checkpoint::open(std::string_view directory, const Checkpoi
   auto state = std::make_shared<State>();
   state->limits = limits;
   state->directory = std::string(directory);
-  require<CheckpointError>(directory_exists(directory), directory, ": there is no such directory");
   const auto finish = [&] {
     Checkpoint out;
     out.state_ = std::move(state);
     return out;
   };
+  if (const auto model = GgufModel::find(directory, limits.gguf)) {
+    state->add_gguf(*model);
+    return finish();
+  }
+  require<CheckpointError>(directory_exists(directory), directory, ": there is no such directory");
   for (const char* name : {"model.safetensors", "pytorch_model.bin"}) {
     const std::string single = join_path(directory, name), index = single + ".index.json";
     if (file_exists(single)) {
@@ -125,7 +161,7 @@ M2LM_IMPL Checkpoint Checkpoint::open(std::string_view directory, const Checkpoi
   }
   const std::string meta = join_path(directory, "consolidated.00.pth");
   require<CheckpointError>(!file_exists(meta), meta, ": Meta's own layout is not supported; convert it with transformers' convert_llama_weights_to_hf.py");
-  throw CheckpointError(concat(directory, ": holds neither model.safetensors nor pytorch_model.bin, nor the index of one in shards"));
+  throw CheckpointError(concat(directory, ": holds neither model.safetensors nor pytorch_model.bin, nor the index of one in shards, nor a *.gguf file"));
 } catch (const std::bad_alloc&) {
   detail::throw_out_of_memory("the names of a checkpoint's tensors");
 }
@@ -148,6 +184,7 @@ M2LM_IMPL std::vector<std::string> Checkpoint::names() const { return state_->na
 M2LM_IMPL const AnyTensor* Checkpoint::find(std::string_view name) const {
   const State::Entry* entry = state_->find(name);
   if (!entry) return nullptr;
+  if (entry->deferred) return &entry->deferred->get();
   require<CheckpointError>(entry->tensor.has_value(), entry->problem);
   return &*entry->tensor;
 }

@@ -4,6 +4,7 @@
 
 #include <m2lm/core/tensor.hpp>
 #include <m2lm/io/config.hpp>
+#include <m2lm/io/file.hpp>
 
 #include <cstddef>
 #include <cstdint>
@@ -78,7 +79,8 @@ class Gguf {
 
   const std::string& path() const;
   std::uint32_t version() const;
-  /// An object of all keys as they are written, "llama.block_count": metadata().get<int>("llama.block_count").
+  /// An object of all keys as they are written, "llama.block_count": metadata().get<int>("llama.block_count"). An f32 is the shortest
+  /// decimal number that stands for it.
   const ConfigValue& metadata() const;
   /// In the order of their data in the file.
   std::span<const std::string> names() const;
@@ -90,10 +92,8 @@ class Gguf {
   /// Plain numbers: a view of the mapped bytes, which stay valid as long as the AnyTensor lives. Quantised: a new f32 tensor.
   /// throws CheckpointError for an unknown name (with the nearest one) or type.
   AnyTensor tensor(std::string_view name) const;
-  /// Size of the file.
-  std::size_t bytes() const;
-  /// Gives the pages of all tensors back to the system; they are read again when touched.
-  void release_pages() const;
+  /// The file itself.
+  const MappedFile& mapping() const;
 };
 
 }  // namespace m2lm

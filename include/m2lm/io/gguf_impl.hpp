@@ -10,6 +10,7 @@
 #include <algorithm>
 #include <array>
 #include <bit>
+#include <charconv>
 #include <cstring>
 #include <limits>
 #include <unordered_map>
@@ -267,6 +268,15 @@ class GgufCursor {
     return static_cast<std::size_t>(n);
   }
 
+  /// What was a decimal number before it was written as f32: 1e-5, not 9.99999974e-06. So constants are those of the model's own files.
+  static double shortest(float stored) {
+    char digits[40];
+    const auto end = std::to_chars(digits, digits + sizeof(digits), stored).ptr;
+    double value = 0;
+    const auto read = std::from_chars(digits, end, value);
+    return read.ec == std::errc() && static_cast<float>(value) == stored ? value : static_cast<double>(stored);
+  }
+
   Json value(std::uint32_t type, const std::string& key, int nesting = 0) {
     switch (type) {
       case u8: return number<std::uint8_t>(key);
@@ -277,7 +287,7 @@ class GgufCursor {
       case i32: return number<std::int32_t>(key);
       case u64: return number<std::uint64_t>(key);
       case i64: return number<std::int64_t>(key);
-      case f32: return static_cast<double>(number<float>(key));
+      case f32: return shortest(number<float>(key));
       case f64: return number<double>(key);
       case boolean: {
         const auto byte = number<std::uint8_t>(key);
@@ -404,8 +414,7 @@ M2LM_IMPL std::span<const std::string> Gguf::names() const { return file_->names
 M2LM_IMPL bool Gguf::contains(std::string_view name) const { return file_->entries.contains(std::string(name)); }
 M2LM_IMPL const Shape& Gguf::shape(std::string_view name) const { return file_->entry(name).shape; }
 M2LM_IMPL const GgufFormat* Gguf::format(std::string_view name) const { return file_->entry(name).format; }
-M2LM_IMPL std::size_t Gguf::bytes() const { return file_->mapping.bytes().size(); }
-M2LM_IMPL void Gguf::release_pages() const { file_->mapping.release(0, bytes()); }
+M2LM_IMPL const MappedFile& Gguf::mapping() const { return file_->mapping; }
 
 M2LM_IMPL AnyTensor Gguf::tensor(std::string_view name) const {
   const File::Entry& entry = file_->entry(name);

@@ -5,6 +5,7 @@
 #include <m2lm/io/config.hpp>
 #include <m2lm/io/gguf.hpp>
 #include <m2lm/io/image_processor.hpp>
+#include <m2lm/io/tokenizer.hpp>
 
 #include <cstdint>
 #include <optional>
@@ -23,7 +24,7 @@ struct GgufModel {
   /// The model that `path` names: a *.gguf file, with the mmproj*.gguf beside it whose width fits; or a directory that holds no
   /// Hugging Face weights, one such file and at most one companion. Nothing when it names neither.
   /// throws CheckpointError when it names several, and as Gguf::open.
-  static std::optional<GgufModel> find(std::string_view path);
+  static std::optional<GgufModel> find(std::string_view path, const GgufLimits& limits = {});
 
   /// The two as config.json describes them. throws CheckpointError naming file and key: an architecture, projector or scaling that is
   /// not supported, a key that is missing.
@@ -43,6 +44,8 @@ struct GgufModel {
   /// Bytes of memory that all tensors take that are not used where they are in the file.
   std::size_t unpacked_bytes() const;
 
+  /// The text model's; with a companion it knows the placeholder "<image>", behind the vocabulary if it is not in it.
+  Tokenizer tokenizer() const;
   /// The Jinja text of the chat template; empty if there is none.
   std::string chat_template() const;
   /// Ids that end an answer.

@@ -115,7 +115,7 @@ M2LM_IMPL std::int64_t gguf_projected_width(const Gguf& vision) {
 
 }  // namespace detail
 
-M2LM_IMPL std::optional<GgufModel> GgufModel::find(std::string_view path) {
+M2LM_IMPL std::optional<GgufModel> GgufModel::find(std::string_view path, const GgufLimits& limits) {
   GgufModel out;
   const bool directory = directory_exists(path);
   std::string folder(path), text;
@@ -137,9 +137,9 @@ M2LM_IMPL std::optional<GgufModel> GgufModel::find(std::string_view path) {
                              "); leave one of them in the directory");
     text = join_path(path, texts.front());
   }
-  out.text = Gguf::open(text);
+  out.text = Gguf::open(text, limits);
   if (companions.size() != 1 || text == join_path(folder, companions.front())) return out;
-  Gguf vision = Gguf::open(join_path(folder, companions.front()));
+  Gguf vision = Gguf::open(join_path(folder, companions.front()), limits);
   const auto width = out.text.metadata().get_or<std::int64_t>("llama.embedding_length", 0);
   const std::int64_t projected = detail::gguf_projected_width(vision);
   // Beside a file that was named itself, a companion may be of another model.
@@ -229,6 +229,9 @@ M2LM_IMPL ConfigValue GgufModel::config() const {
       if (layers.size() != 1) see["clip.vision.feature_layer"].fail(concat("features of ", layers.size(), " layers are not supported; of one they are"));
       layer = layers.front();
     }
+    // llama.cpp puts features between pieces of text and needs no token for them; here one behind the vocabulary stands for the picture.
+    const auto tokens = meta.has_value("tokenizer.ggml.tokens") ? meta.get_list<std::string>("tokenizer.ggml.tokens") : std::vector<std::string>{};
+    w.member("image_token_index", std::find(tokens.begin(), tokens.end(), "<image>") - tokens.begin());
     w.member("vision_feature_layer", layer).member("vision_feature_select_strategy", "default");
     w.member("projector_hidden_act", "gelu").member("multimodal_projector_bias", vision->contains("mm.0.bias"));
   }

@@ -1,4 +1,4 @@
-// Definition of Tokenizer::from_gguf: the vocabulary in a GGUF file's metadata as the models that the tokenizer reads.
+// Definitions of Tokenizer::from_gguf and GgufModel::tokenizer: the vocabulary in a GGUF file's metadata as the models that the tokenizer reads.
 // Floor: io. May include: core, interop.
 #pragma once
 
@@ -35,7 +35,7 @@ M2LM_IMPL GgufVocabulary read_gguf_vocabulary(const ConfigValue& meta) {
 }
 
 /// The tokens that are cut out of the text, and those with a role.
-M2LM_IMPL TokenizerFiles read_gguf_added(const ConfigValue& meta, const GgufVocabulary& vocabulary) {
+M2LM_IMPL TokenizerFiles read_gguf_added(const ConfigValue& meta, const GgufVocabulary& vocabulary, std::string_view placeholder) {
   TokenizerFiles files;
   files.adds_bos = meta.get_or("tokenizer.ggml.add_bos_token", true);
   files.add_prefix_space = meta.get_or("tokenizer.ggml.add_space_prefix", true);
@@ -53,6 +53,10 @@ M2LM_IMPL TokenizerFiles read_gguf_added(const ConfigValue& meta, const GgufVoca
     const std::string& content = vocabulary.tokens[static_cast<std::size_t>(*id)];
     add_token(files, {content, *id, true, false, false, false, false}, meta.file());
     files.named.try_emplace(name, content);
+  }
+  if (!placeholder.empty()) {
+    const auto known = std::find(vocabulary.tokens.begin(), vocabulary.tokens.end(), placeholder);
+    add_token(files, {std::string(placeholder), static_cast<std::int32_t>(known - vocabulary.tokens.begin()), true, false, false, false, false}, meta.file());
   }
   return files;
 }
@@ -148,12 +152,15 @@ M2LM_IMPL ConfigValue bpe_json(const ConfigValue& meta, const GgufVocabulary& vo
 
 }  // namespace detail
 
-M2LM_IMPL Tokenizer Tokenizer::from_gguf(const Gguf& file) {
+M2LM_IMPL Tokenizer GgufModel::tokenizer() const { return Tokenizer::from_gguf(text, vision ? "<image>" : ""); }
+
+M2LM_IMPL Tokenizer Tokenizer::from_gguf(const Gguf& file, std::string_view placeholder) {
   const ConfigValue& meta = file.metadata();
   const auto kind = meta.get<std::string>("tokenizer.ggml.model");
   if (kind != "llama" && kind != "gpt2") meta["tokenizer.ggml.model"].fail(concat("\"", kind, "\" is not supported; llama and gpt2 are"));
   const detail::GgufVocabulary vocabulary = detail::read_gguf_vocabulary(meta);
-  if (kind == "llama") return of_sentencepiece(detail::sentencepiece_model(meta, vocabulary), detail::read_gguf_added(meta, vocabulary), file.path());
+  detail::TokenizerFiles files = detail::read_gguf_added(meta, vocabulary, placeholder);
+  if (kind == "llama") return of_sentencepiece(detail::sentencepiece_model(meta, vocabulary), std::move(files), file.path());
 
   const auto pre = meta.get<std::string>("tokenizer.ggml.pre");
   detail::SplitRule rule{};
@@ -166,7 +173,7 @@ M2LM_IMPL Tokenizer Tokenizer::from_gguf(const Gguf& file) {
   } else {
     meta["tokenizer.ggml.pre"].fail(concat("the pre-tokeniser \"", pre, "\" is not supported; llama-bpe, qwen2 and gpt-2 are"));
   }
-  return of_bpe(detail::bpe_json(meta, vocabulary, rule), detail::read_gguf_added(meta, vocabulary), file.path());
+  return of_bpe(detail::bpe_json(meta, vocabulary, rule), std::move(files), file.path());
 }
 
 }  // namespace m2lm

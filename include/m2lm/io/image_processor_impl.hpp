@@ -3,6 +3,7 @@
 #pragma once
 
 #include <m2lm/io/config_impl.hpp>
+#include <m2lm/io/gguf_model.hpp>
 #include <m2lm/io/image_impl.hpp>
 #include <m2lm/io/image_processor.hpp>
 
@@ -47,7 +48,10 @@ M2LM_IMPL ImageProcessorConfig read_image_processor_config(std::string_view dire
   } else {
     // transformers 5 may write all processors of a model into one file.
     path = join_path(directory, "processor_config.json");
-    if (!file_exists(path)) return out;
+    if (!file_exists(path)) {
+      const auto gguf = GgufModel::find(directory);
+      return gguf && gguf->vision ? gguf->image_processor() : out;
+    }
     config = ConfigValue::parse_file(path);
     if (!config.has_value("image_processor")) return out;
     config = config["image_processor"];

@@ -40,9 +40,9 @@ class Tokenizer {
   static Tokenizer from_directory(std::string_view directory);
   /// The vocabulary in a GGUF file's `tokenizer.ggml.*`: "llama" (sentencepiece's BPE with scores) gives the ids of the tokenizer.model that
   /// it was made from, "gpt2" (byte-level BPE) those of the tokenizer.json; `pre` must be llama-bpe, qwen2 or gpt-2. Control and
-  /// user-defined tokens are cut out of the text first.
+  /// user-defined tokens are cut out of the text first. `placeholder` gets the id behind the vocabulary unless it is in it.
   /// throws CheckpointError naming file and key.
-  static Tokenizer from_gguf(const Gguf& file);
+  static Tokenizer from_gguf(const Gguf& file, std::string_view placeholder = {});
 
   /// Ids of the text. With `add_bos` the beginning-of-sequence token comes first, if the checkpoint has one;
   /// with byte-level BPE: what the post-processor of tokenizer.json puts in front. Bytes that are not UTF-8 then count as U+FFFD.

@@ -3,6 +3,7 @@
 #pragma once
 
 #include <m2lm/io/file.hpp>
+#include <m2lm/io/gguf_model.hpp>
 #include <m2lm/models/model.hpp>
 
 #include <algorithm>
@@ -54,21 +55,21 @@ inline std::size_t available_memory() {
 }  // namespace files
 
 /// Everything but config and tensors: the tokenizer, the tokens that end an answer, the chat template.
-M2LM_IMPL void describe_model_files(ModelFiles& out, std::string_view directory, std::string_view template_name) {
+M2LM_IMPL void describe_model_files(ModelFiles& out, std::string_view directory, std::string_view template_name, const GgufModel* gguf = nullptr) {
   out.directory = directory;
   try {
-    out.tokenizer = Tokenizer::from_directory(directory);
+    out.tokenizer = gguf ? gguf->tokenizer() : Tokenizer::from_directory(directory);
   } catch (const CheckpointError& error) {
     // Token ids still work without one; the reason is given when text is used.
     out.tokenizer_error = error.what();
   }
-  out.stop_tokens = read_stop_tokens(directory, out.config);
+  out.stop_tokens = gguf ? gguf->stop_tokens() : read_stop_tokens(directory, out.config);
   if (out.stop_tokens.empty() && out.tokenizer && out.tokenizer->eos()) out.stop_tokens.push_back(*out.tokenizer->eos());
   if (!template_name.empty()) {
     out.chat_template = &chat_template(template_name);
     return;
   }
-  const std::string jinja = files::chat_template_text(directory);
+  const std::string jinja = gguf ? gguf->chat_template() : files::chat_template_text(directory);
   const std::string model_type = out.config.get_or<std::string>("model_type", "");
   const std::string text_type = out.config.has_value("text_config") ? out.config["text_config"].get_or<std::string>("model_type", "") : "";
   const std::vector<std::string> architectures =
@@ -84,8 +85,15 @@ M2LM_IMPL void describe_model_files(ModelFiles& out, std::string_view directory,
 }
 
 M2LM_IMPL ModelFiles open_model_files(std::string_view directory, std::string_view template_name, const CheckpointLimits& limits) {
-  require<CheckpointError>(directory_exists(directory), "m2lm: there is no directory ", directory);
   ModelFiles out;
+  if (const auto gguf = GgufModel::find(directory, limits.gguf)) {
+    require_memory(directory, gguf->unpacked_bytes(), 0, DType::f32);  // before anything is unpacked
+    out.config = gguf->config();
+    out.checkpoint = Checkpoint::open(directory, limits);
+    describe_model_files(out, directory, template_name, &*gguf);
+    return out;
+  }
+  require<CheckpointError>(directory_exists(directory), "m2lm: there is no directory ", directory);
   out.config = ConfigValue::parse_file(join_path(directory, "config.json"), limits.json);
   if (!out.config.is_object()) out.config.fail(concat("an object is wanted, not ", out.config.type_name()));
   out.checkpoint = Checkpoint::open(directory, limits);
