@@ -13,6 +13,7 @@
 #include <charconv>
 #include <cstring>
 #include <limits>
+#include <new>
 #include <unordered_map>
 #include <utility>
 #include <vector>
@@ -313,7 +314,7 @@ class GgufCursor {
 
 }  // namespace detail
 
-M2LM_IMPL Gguf Gguf::open(std::string_view path, const GgufLimits& limits) {
+M2LM_IMPL Gguf Gguf::open(std::string_view path, const GgufLimits& limits) try {
   auto file = std::make_shared<File>();
   file->mapping = MappedFile::open(path);
   const auto bytes = file->mapping.bytes();
@@ -402,9 +403,12 @@ M2LM_IMPL Gguf Gguf::open(std::string_view path, const GgufLimits& limits) {
     covered = begin + size;
     before = name;
   }
+  file->mapping.require_intact();
   Gguf out;
   out.file_ = std::move(file);
   return out;
+} catch (const std::bad_alloc&) {
+  detail::throw_out_of_memory("the description of a GGUF file");
 }
 
 M2LM_IMPL const std::string& Gguf::path() const { return file_->mapping.path(); }
@@ -416,7 +420,7 @@ M2LM_IMPL const Shape& Gguf::shape(std::string_view name) const { return file_->
 M2LM_IMPL const GgufFormat* Gguf::format(std::string_view name) const { return file_->entry(name).format; }
 M2LM_IMPL const MappedFile& Gguf::mapping() const { return file_->mapping; }
 
-M2LM_IMPL AnyTensor Gguf::tensor(std::string_view name) const {
+M2LM_IMPL AnyTensor Gguf::tensor(std::string_view name) const try {
   const File::Entry& entry = file_->entry(name);
   if (entry.format == nullptr) {
     std::string known;
@@ -427,7 +431,10 @@ M2LM_IMPL AnyTensor Gguf::tensor(std::string_view name) const {
   if (!entry.format->quantised) return AnyTensor(entry.format->dtype, entry.shape, data, file_->mapping.owner());
   Tensor<float> out(entry.shape);
   dequantise_gguf(entry.format->type, data, out.span());
+  file_->mapping.require_intact();
   return AnyTensor(std::move(out));
+} catch (const std::bad_alloc&) {
+  detail::throw_out_of_memory("unpacking a GGUF tensor");
 }
 
 }  // namespace m2lm

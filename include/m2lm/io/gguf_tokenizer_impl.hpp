@@ -154,7 +154,7 @@ M2LM_IMPL ConfigValue bpe_json(const ConfigValue& meta, const GgufVocabulary& vo
 
 M2LM_IMPL Tokenizer GgufModel::tokenizer() const { return Tokenizer::from_gguf(text, vision ? "<image>" : ""); }
 
-M2LM_IMPL Tokenizer Tokenizer::from_gguf(const Gguf& file, std::string_view placeholder) {
+M2LM_IMPL Tokenizer Tokenizer::from_gguf(const Gguf& file, std::string_view placeholder) try {
   const ConfigValue& meta = file.metadata();
   const auto kind = meta.get<std::string>("tokenizer.ggml.model");
   if (kind != "llama" && kind != "gpt2") meta["tokenizer.ggml.model"].fail(concat("\"", kind, "\" is not supported; llama and gpt2 are"));
@@ -174,6 +174,8 @@ M2LM_IMPL Tokenizer Tokenizer::from_gguf(const Gguf& file, std::string_view plac
     meta["tokenizer.ggml.pre"].fail(concat("the pre-tokeniser \"", pre, "\" is not supported; llama-bpe, qwen2 and gpt-2 are"));
   }
   return of_bpe(detail::bpe_json(meta, vocabulary, rule), std::move(files), file.path());
+} catch (const std::bad_alloc&) {
+  detail::throw_out_of_memory("reading a tokenizer");
 }
 
 }  // namespace m2lm

@@ -417,6 +417,8 @@ M2LM_IMPL Tokenizer Tokenizer::from_directory(std::string_view directory) try {
   require<CheckpointError>(problem.empty(), problem);
   require<CheckpointError>(!model.empty(), path, ": the file is empty; a sentencepiece model is needed");
   return of_sentencepiece(std::move(model), std::move(files), path);
+} catch (const std::bad_alloc&) {
+  detail::throw_out_of_memory("reading a tokenizer");
 }
 
 /// `model` is a serialized sentencepiece model; `path` is the file it came from.
@@ -484,8 +486,6 @@ M2LM_IMPL Tokenizer Tokenizer::of_sentencepiece(std::string model, detail::Token
   Tokenizer out;
   out.state_ = std::move(state);
   return out;
-} catch (const std::bad_alloc&) {
-  detail::throw_out_of_memory("reading a tokenizer");
 }
 
 M2LM_IMPL std::vector<std::int32_t> Tokenizer::encode(std::string_view text, bool add_bos) const try {
