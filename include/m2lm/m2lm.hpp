@@ -20,6 +20,7 @@
 #include <m2lm/models/generation.hpp>
 #include <m2lm/models/hf_config.hpp>
 #include <m2lm/models/insertion.hpp>
+#include <m2lm/models/llava_native.hpp>
 #include <m2lm/models/loader.hpp>
 #include <m2lm/models/modality.hpp>
 #include <m2lm/models/model.hpp>

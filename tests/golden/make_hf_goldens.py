@@ -77,13 +77,141 @@ def make_pytorch(out):
     return {p.name: p.stat().st_size for p in sorted(d.rglob("*.bin"))}
 
 
+# ------------------------------------------------------------------------------------------------- LLaVA's own layout
+ADDED = {"<im_patch>": 340, "<im_start>": 341, "<im_end>": 342}
+UNUSED = 350  # transformers needs an id for a picture's rows; LLaVA's own layout has none
+
+
+def native_key(key):
+    """A name of transformers' state_dict as LLaVA's own code writes it."""
+    for ours, theirs in (("model.language_model.", "model."), ("model.multi_modal_projector.linear_1.", "model.mm_projector.0."),
+                         ("model.multi_modal_projector.linear_2.", "model.mm_projector.2."), ("model.multi_modal_projector.linear.", "model.mm_projector."),
+                         ("model.vision_tower.vision_model.", "model.vision_tower.vision_tower.vision_model."),
+                         ("model.vision_tower.", "model.vision_tower.vision_tower.vision_model.")):
+        if key.startswith(ours):
+            return theirs + key[len(ours):]
+    return key
+
+
+def encode_stretches(sp, text):
+    """As the slow LLaMA tokenizer does in its old behaviour: each stretch between added tokens by sentencepiece."""
+    ids, rest = [], text
+    while rest:
+        at, token = min(((rest.find(t), t) for t in ADDED if t in rest), default=(len(rest), None))
+        ids += sp.encode(rest[:at]) if at else []
+        ids += [ADDED[token]] if token else []
+        rest = rest[at + len(token or ""):]
+    return ids
+
+
+def tokenizer_image_token(sp, prompt):
+    """Text between pictures, tokenized piece by piece, with -200 for each picture and one BOS (in our own words)."""
+    pieces = [encode_stretches(sp, p) for p in prompt.split("<image>")]
+    ids = [1] + pieces[0]
+    for piece in pieces[1:]:
+        ids += [-200] + piece
+    return ids
+
+
+def make_native(out):
+    from PIL import Image
+    from sentencepiece import SentencePieceProcessor
+    from transformers import CLIPImageProcessor, CLIPVisionConfig, LlamaConfig, LlavaConfig, LlavaForConditionalGeneration, MistralConfig
+    from make_goldens import preprocessor_config, randomize, special, tokenizer_config, write_json as wj
+
+    d = out / "native"
+    shutil.rmtree(d, ignore_errors=True)
+    vocabulary = out / "llava/with_tokenizer/tokenizer.model"
+    sp = SentencePieceProcessor(model_file=str(vocabulary))
+    picture = Image.open(out / "llava/with_tokenizer/picture.png").convert("RGB")
+    report = {}
+    text = dict(vocab_size=352, hidden_size=16, intermediate_size=24, num_hidden_layers=2, num_attention_heads=2, num_key_value_heads=2,
+                max_position_embeddings=512, rms_norm_eps=1e-5, tie_word_embeddings=False, bos_token_id=1, eos_token_id=2, pad_token_id=None,
+                rope_parameters=dict(rope_type="default", rope_theta=10000.0))
+    vision = CLIPVisionConfig(hidden_size=12, intermediate_size=20, num_hidden_layers=2, num_attention_heads=2, image_size=28, patch_size=14, projection_dim=12)
+    # name -> (text config, projector, layer, feature, aspect, start and end, template, seed)
+    table = {
+        "inside": (LlamaConfig(**text), "mlp2x_gelu", -2, "patch", "pad", True, "vicuna", 71),
+        "apart": (MistralConfig(**text, head_dim=8, sliding_window=None), "linear", -1, "cls_patch", "square", False, "mistral", 72),
+    }
+    questions = {"vicuna": "<image>\nWhat shape is in the picture?", "mistral": "Here <image> and <image>\nWhat is there?"}
+    system = ("A chat between a curious user and an artificial intelligence assistant. The assistant gives helpful, detailed, and polite answers to the "
+              "user's questions.")
+    for name, (tc, projector, layer, feature, aspect, wrap, template, seed) in table.items():
+        config = LlavaConfig(vision_config=vision, text_config=tc, image_token_index=UNUSED, vision_feature_layer=layer,
+                             vision_feature_select_strategy="default" if feature == "patch" else "full", projector_hidden_act="gelu",
+                             image_seq_length=4 if feature == "patch" else 5)
+        config._attn_implementation = "eager"
+        model = LlavaForConditionalGeneration(config)
+        if projector == "linear":  # transformers has none of one layer
+            module = torch.nn.Module()
+            module.linear = torch.nn.Linear(12, 16)
+            module.forward = lambda x, m=module: m.linear(x)
+            model.model.multi_modal_projector = module
+        randomize(model, seed)
+        # the native directory
+        n = d / name
+        n.mkdir(parents=True)
+        shutil.copyfile(vocabulary, n / "tokenizer.model")
+        wj(n / "added_tokens.json", ADDED)
+        tk = tokenizer_config(340, True)
+        tk["added_tokens_decoder"] = {str(i): special(x) for i, x in [(0, "<unk>"), (1, "<s>"), (2, "</s>")] + [(i, x) for x, i in ADDED.items()]}
+        tk.pop("processor_class"), tk.pop("pad_token")
+        wj(n / "tokenizer_config.json", tk)
+        native = dict(_name_or_path=f"tiny-{template}", architectures=["LlavaMistralForCausalLM" if name == "apart" else "LlavaLlamaForCausalLM"],
+                      bos_token_id=1, eos_token_id=2, freeze_mm_mlp_adapter=False, hidden_act="silu", hidden_size=16, image_aspect_ratio=aspect,
+                      image_grid_pinpoints=None, initializer_range=0.02, intermediate_size=24, max_position_embeddings=512, mm_hidden_size=12,
+                      mm_projector_type=projector, mm_resampler_type=None, mm_use_im_patch_token=False, mm_use_im_start_end=wrap,
+                      mm_vision_select_feature=feature, mm_vision_select_layer=layer, mm_vision_tower="openai/clip-vit-tiny-patch14",
+                      model_type="llava_mistral" if name == "apart" else "llava", num_attention_heads=2, num_hidden_layers=2, num_key_value_heads=2,
+                      pad_token_id=0, rms_norm_eps=1e-05, rope_scaling=None, tie_word_embeddings=False, torch_dtype="float32",
+                      transformers_version="4.31.0", tune_mm_mlp_adapter=False, unfreeze_mm_vision_tower=False, use_cache=True, use_mm_proj=True,
+                      vocab_size=352)
+        if name == "apart":
+            native["sliding_window"] = None
+        wj(n / "config.json", native)
+        state = {native_key(k): v.detach().contiguous().clone() for k, v in model.state_dict().items()}
+        tower = n / "clip-vit-tiny-patch14" if name == "inside" else d / "towers" / "clip-vit-tiny-patch14"
+        tower.mkdir(parents=True)
+        wj(tower / "config.json", dict(model_type="clip", vision_config=dict(vision.to_diff_dict(), model_type="clip_vision_model")))
+        wj(tower / "preprocessor_config.json", preprocessor_config(28, 28))
+        prefix = "model.vision_tower.vision_tower."
+        if name == "inside":
+            torch_save(collections.OrderedDict(sorted(state.items())), n / "pytorch_model.bin")
+        else:
+            save(n / "model.safetensors", {k: v for k, v in state.items() if not k.startswith(prefix)})
+            save(tower / "model.safetensors", {k[len(prefix):]: v for k, v in state.items() if k.startswith(prefix)})
+        # the golden
+        question = questions[template]
+        wrapped = question.replace("<image>", "<im_start><image><im_end>") if wrap else question
+        prompt = f"{system} USER: {wrapped} ASSISTANT:" if template == "vicuna" else f"[INST] {wrapped} [/INST]"
+        ids = tokenizer_image_token(sp, prompt)
+        image = picture
+        if aspect == "pad":
+            side = max(image.size)
+            image = Image.new("RGB", (side, side), (122, 116, 104))
+            image.paste(picture, ((side - picture.width) // 2, (side - picture.height) // 2))
+        px = torch.tensor(CLIPImageProcessor(**preprocessor_config(28, 28))(image)["pixel_values"][0])[None]
+        pictures = ids.count(-200)
+        rows = config.image_seq_length
+        expanded = [x for i in ids for x in ([UNUSED] * rows if i == -200 else [i])]
+        with torch.no_grad():
+            o = model(input_ids=torch.tensor([expanded]), pixel_values=px.repeat(pictures, 1, 1, 1), use_cache=False)
+            vt = model.model.vision_tower(px, output_hidden_states=True).hidden_states[layer]
+            features = model.model.multi_modal_projector(vt[:, 1:] if feature == "patch" else vt)[0]
+        save(n / "golden.safetensors", dict(pixel_values=px[0], features=features, logits=o.logits[0, -32:]))
+        wj(n / "golden.json", dict(question=question, prompt=prompt, ids=ids, rows=rows, pictures=pictures))
+        report[name] = dict(tokens=len(expanded), bytes=sum(p.stat().st_size for p in n.rglob("*") if p.is_file()))
+    return report
+
+
 # ------------------------------------------------------------------------------------------------- main
 def main():
     ap = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     ap.add_argument("--out", type=Path, default=HERE)
-    ap.add_argument("--only", default="pytorch")
+    ap.add_argument("--only", default="pytorch,native")
     args = ap.parse_args()
-    steps = dict(pytorch=make_pytorch)
+    steps = dict(pytorch=make_pytorch, native=make_native)
     for name in args.only.split(","):
         print(name, json.dumps(steps[name](args.out)), flush=True)
 

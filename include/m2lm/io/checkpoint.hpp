@@ -39,6 +39,9 @@ class Checkpoint {
   /// Tensors that are in no file; `name` stands for the directory in messages. requires distinct names.
   static Checkpoint of_tensors(std::string_view name, std::vector<NamedTensor> tensors);
 
+  /// These tensors and those of `other` whose names are not among them.
+  Checkpoint joined(const Checkpoint& other) const;
+
   const std::string& directory() const;
   /// In the order of the files and, in each, of their data.
   std::vector<std::string> names() const;

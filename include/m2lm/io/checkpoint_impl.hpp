@@ -178,6 +178,21 @@ M2LM_IMPL Checkpoint Checkpoint::of_tensors(std::string_view name, std::vector<N
   return out;
 }
 
+M2LM_IMPL Checkpoint Checkpoint::joined(const Checkpoint& other) const {
+  auto state = std::make_shared<State>(*state_);
+  const std::size_t files = state->files.size();
+  state->files.insert(state->files.end(), other.state_->files.begin(), other.state_->files.end());
+  for (const std::string& name : other.state_->names) {
+    if (state->entries.contains(name)) continue;
+    State::Entry entry = other.state_->entries.at(name);
+    if (entry.file != State::no_file) entry.file += files;
+    state->add(name, std::move(entry));
+  }
+  Checkpoint out;
+  out.state_ = std::move(state);
+  return out;
+}
+
 M2LM_IMPL const std::string& Checkpoint::directory() const { return state_->directory; }
 M2LM_IMPL std::vector<std::string> Checkpoint::names() const { return state_->names; }
 

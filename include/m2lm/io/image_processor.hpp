@@ -3,6 +3,7 @@
 #pragma once
 
 #include <m2lm/core/tensor.hpp>
+#include <m2lm/io/config.hpp>
 #include <m2lm/io/image.hpp>
 
 #include <array>
@@ -28,6 +29,9 @@ ImageProcessorConfig clip_image_processor(int image_size);
 /// Reads preprocessor_config.json; without that file, CLIP's values for `image_size`. `image_aspect_ratio: "pad"` (LLaVA) and
 /// `do_pad` ask for the square. throws CheckpointError naming file and key.
 ImageProcessorConfig read_image_processor_config(std::string_view directory, int image_size = 224);
+
+/// The same from what such a file holds.
+ImageProcessorConfig read_image_processor_config(const ConfigValue& config, int image_size);
 
 /// [3, H, W], RGB. Equal to transformers' CLIPImageProcessor on the same pixels, up to float rounding. throws InputError for an
 /// empty image, and when the steps would give more than 2^28 pixels (a picture extremely long and thin).

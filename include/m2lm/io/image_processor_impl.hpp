@@ -40,7 +40,6 @@ M2LM_IMPL ImageProcessorConfig clip_image_processor(int image_size) {
 }
 
 M2LM_IMPL ImageProcessorConfig read_image_processor_config(std::string_view directory, int image_size) {
-  ImageProcessorConfig out = clip_image_processor(image_size);
   std::string path = join_path(directory, "preprocessor_config.json");
   ConfigValue config;
   if (file_exists(path)) {
@@ -50,12 +49,17 @@ M2LM_IMPL ImageProcessorConfig read_image_processor_config(std::string_view dire
     path = join_path(directory, "processor_config.json");
     if (!file_exists(path)) {
       const auto gguf = GgufModel::find(directory);
-      return gguf && gguf->vision ? gguf->image_processor() : out;
+      return gguf && gguf->vision ? gguf->image_processor() : clip_image_processor(image_size);
     }
     config = ConfigValue::parse_file(path);
-    if (!config.has_value("image_processor")) return out;
+    if (!config.has_value("image_processor")) return clip_image_processor(image_size);
     config = config["image_processor"];
   }
+  return read_image_processor_config(config, image_size);
+}
+
+M2LM_IMPL ImageProcessorConfig read_image_processor_config(const ConfigValue& config, int image_size) {
+  ImageProcessorConfig out = clip_image_processor(image_size);
   if (!config.is_object()) config.fail("must be an object");
 
   if (config.has_value("size")) {

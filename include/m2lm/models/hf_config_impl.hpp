@@ -134,6 +134,17 @@ M2LM_IMPL void read_config(const ConfigValue& root, ClipVisionConfig& config) {
 M2LM_IMPL void read_config(const ConfigValue& root, ProjectorConfig& config) {
   config.activation = read_activation(root, root.get_or<std::string>("projector_hidden_act", "gelu"));
   config.bias = root.get_or<bool>("multimodal_projector_bias", true);
+  // LLaVA's own layout: identity, linear, mlp2x_gelu, mlp3x_gelu, …
+  if (!root.has_value("mm_projector_type")) return;
+  const std::string type = root.get<std::string>("mm_projector_type");
+  if (type == "identity")
+    config.layers = 0;
+  else if (type == "linear")
+    config.layers = 1;
+  else if (type.size() == 10 && type.starts_with("mlp") && type[3] >= '1' && type[3] <= '9' && type.ends_with("x_gelu"))
+    config.layers = type[3] - '0';
+  else
+    root.fail(concat("mm_projector_type \"", type, "\" is not supported; identity, linear and mlpNx_gelu (N from 1 to 9) are"));
 }
 
 M2LM_IMPL std::vector<std::int32_t> read_stop_tokens(std::string_view directory, const ConfigValue& root) {

@@ -27,16 +27,16 @@ struct Preprocessor {
   const Input& operator()(const Input& input) const { return input; }
 };
 
-/// Pictures: the checkpoint's preprocessor_config.json, CLIP's values without it.
+/// Pictures: config.json's image_processor_config, else the checkpoint's preprocessor_config.json, CLIP's values without both.
 template <>
 struct Preprocessor<Image> {
   ImageProcessorConfig config{};
   template <class EncoderConfig>
-  static Preprocessor from_directory(std::string_view directory, [[maybe_unused]] const EncoderConfig& encoder) {
-    if constexpr (requires { encoder.image_size; })
-      return {read_image_processor_config(directory, static_cast<int>(encoder.image_size))};
-    else
-      return {read_image_processor_config(directory)};
+  static Preprocessor from_directory(std::string_view directory, [[maybe_unused]] const EncoderConfig& encoder, const ConfigValue& root = {}) {
+    int image_size = 224;
+    if constexpr (requires { encoder.image_size; }) image_size = static_cast<int>(encoder.image_size);
+    if (root.has_value("image_processor_config")) return {read_image_processor_config(root["image_processor_config"], image_size)};
+    return {read_image_processor_config(directory, image_size)};
   }
   Tensor<float> operator()(const Image& image) const { return preprocess(image, config); }
 };
@@ -133,6 +133,12 @@ struct Modality {
       else
         return typename Encoder::template On<B, P>(config);
     }
+    static Preprocessor<Input> make_preprocessor(std::string_view directory, const EncoderConfig& config, const ConfigValue& root) {
+      if constexpr (requires { Preprocessor<Input>::from_directory(directory, config, root); })
+        return Preprocessor<Input>::from_directory(directory, config, root);
+      else
+        return Preprocessor<Input>::from_directory(directory, config);
+    }
     static std::int64_t width_of([[maybe_unused]] const typename Encoder::template On<B, P>& e) {
       if constexpr (discrete)
         return 0;
@@ -154,7 +160,7 @@ struct Modality {
     On(const EncoderConfig& config, const ConfigValue& root, std::string_view directory, std::int64_t hidden_size)
         : encoder(make_encoder(config)),
           projector(make_projector(root, width_of(encoder), hidden_size)),
-          preprocessor(Preprocessor<Input>::from_directory(directory, config)) {}
+          preprocessor(make_preprocessor(directory, config, root)) {}
   };
 };
 

@@ -36,6 +36,7 @@ struct LoadOptions {
   bool check = false;                                          ///< true: NaN or infinity among the weights is an error that names them all
   CheckpointLimits limits = {};                                ///< of config.json and the tensors' files
   std::size_t memory_limit = 0;                                ///< bytes the packed model may take; 0 = what the system has free
+  std::string_view vision_tower = {};                          ///< of LLaVA's own layout: the tower's directory, or the one that it is in
   std::string_view tokenizer_directory = {};                   ///< of from_config: where the tokenizer and preprocessor files are, if any
 };
 
@@ -51,7 +52,7 @@ struct ModelFiles {
   const ChatTemplate* chat_template = nullptr;
   std::vector<std::int32_t> stop_tokens;
 };
-ModelFiles open_model_files(std::string_view directory, std::string_view template_name, const CheckpointLimits& limits = {});
+ModelFiles open_model_files(std::string_view directory, const LoadOptions& options);
 
 /// throws CapacityError unless `needed` bytes are available; `limit` 0 asks the system.
 void require_memory(std::string_view directory, std::size_t needed, std::size_t limit, DType format);
@@ -222,7 +223,7 @@ Model<B, P, D, C...>::State::State(B b, detail::ModelFiles f, const Precision& p
 
 template <class B, Precision P, class D, class... C>
 Model<B, P, D, C...> Model<B, P, D, C...>::from_pretrained(std::string_view directory, B backend, const LoadOptions& options) try {
-  return load(detail::open_model_files(directory, options.template_name, options.limits), std::move(backend), options);
+  return load(detail::open_model_files(directory, options), std::move(backend), options);
 } catch (const std::bad_alloc&) {
   detail::throw_out_of_memory("loading a model");
 }

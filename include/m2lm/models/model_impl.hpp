@@ -4,6 +4,7 @@
 
 #include <m2lm/io/file.hpp>
 #include <m2lm/io/gguf_model.hpp>
+#include <m2lm/models/llava_native.hpp>
 #include <m2lm/models/model.hpp>
 
 #include <algorithm>
@@ -84,20 +85,33 @@ M2LM_IMPL void describe_model_files(ModelFiles& out, std::string_view directory,
                                                             .name = name, .chat_template = jinja});
 }
 
-M2LM_IMPL ModelFiles open_model_files(std::string_view directory, std::string_view template_name, const CheckpointLimits& limits) {
+/// Puts the config in transformers' words, and adds the tensors of a vision tower that has a directory of its own.
+M2LM_IMPL void open_llava_native(ModelFiles& files, std::string_view directory, const LoadOptions& options) {
+  const std::string tower = find_llava_tower(files.config, directory, options.vision_tower);
+  files.config = translate_llava_config(files.config, directory, tower);
+  const std::vector<std::string> names = files.checkpoint.names();
+  const bool inside = std::any_of(names.begin(), names.end(), [](const std::string& name) { return name.find("vision_tower.") != std::string::npos; });
+  if (inside) return;
+  require<CheckpointError>(!tower.empty(), "m2lm: ", directory, " holds no vision tower, and ", files.config.file(), " names one that is not in it either (mm_vision_tower: \"",
+                           files.config.get_or<std::string>("mm_vision_tower", ""), "\"); name its directory with LoadOptions::vision_tower");
+  files.checkpoint = files.checkpoint.joined(Checkpoint::open(tower, options.limits));
+}
+
+M2LM_IMPL ModelFiles open_model_files(std::string_view directory, const LoadOptions& options) {
   ModelFiles out;
-  if (const auto gguf = GgufModel::find(directory, limits.gguf)) {
+  if (const auto gguf = GgufModel::find(directory, options.limits.gguf)) {
     require_memory(directory, gguf->unpacked_bytes(), 0, DType::f32);  // before anything is unpacked
     out.config = gguf->config();
-    out.checkpoint = Checkpoint::open(directory, limits);
-    describe_model_files(out, directory, template_name, &*gguf);
+    out.checkpoint = Checkpoint::open(directory, options.limits);
+    describe_model_files(out, directory, options.template_name, &*gguf);
     return out;
   }
   require<CheckpointError>(directory_exists(directory), "m2lm: there is no directory ", directory);
-  out.config = ConfigValue::parse_file(join_path(directory, "config.json"), limits.json);
+  out.config = ConfigValue::parse_file(join_path(directory, "config.json"), options.limits.json);
   if (!out.config.is_object()) out.config.fail(concat("an object is wanted, not ", out.config.type_name()));
-  out.checkpoint = Checkpoint::open(directory, limits);
-  describe_model_files(out, directory, template_name);
+  out.checkpoint = Checkpoint::open(directory, options.limits);
+  if (is_llava_native(out.config)) open_llava_native(out, directory, options);
+  describe_model_files(out, directory, options.template_name);
   return out;
 }
 
@@ -147,33 +161,47 @@ M2LM_IMPL ComponentTokens component_tokens(const ModelFiles& files, std::string_
   std::optional<std::int32_t> id = configured({"_token_index", "_token_id"});
   if (!id && files.tokenizer) id = files.tokenizer->token_id(concat("<", name, ">"));
   if (id) out.placeholder = *id;
+  if (name == "image" && files.config.get_or<bool>("mm_use_im_start_end", false)) {
+    out.text_before = "<im_start>";
+    out.text_after = "<im_end>";
+    for (const std::string_view text : {out.text_before, out.text_after})
+      require<CheckpointError>(!files.tokenizer || files.tokenizer->token_id(text).has_value(), "m2lm: ", files.directory, ": config.json says mm_use_im_start_end, but \"",
+                               text, "\" is no token of the tokenizer");
+  }
   return out;
 }
 
 M2LM_IMPL std::vector<std::int32_t> encode_text(const Tokenizer& tokenizer, std::string_view text, bool add_bos, std::span<const ComponentTokens> components) {
   std::vector<std::int32_t> out;
-  const auto append = [&](std::string_view piece) {
+  const auto append = [&](const std::string& piece) {
     if (piece.empty() && !add_bos) return;
     const std::vector<std::int32_t> ids = tokenizer.encode(piece, add_bos);
     out.insert(out.end(), ids.begin(), ids.end());
     add_bos = false;
   };
+  std::string_view behind;  // what the last placeholder leaves before the text behind it
   while (true) {
-    std::size_t first = std::string_view::npos, length = 0;
-    std::int32_t id = 0;
+    std::size_t first = std::string_view::npos;
+    const ComponentTokens* found = nullptr;
     for (const ComponentTokens& c : components) {
       if (c.placeholder >= 0 || c.insertion == InsertionKind::prefix_after_bos) continue;
-      const std::string mark = concat("<", c.name, ">");
-      const std::size_t at = text.find(mark);
+      const std::size_t at = text.find(concat("<", c.name, ">"));
       if (at >= first) continue;
       first = at;
-      length = mark.size();
-      id = c.placeholder;
+      found = &c;
     }
-    append(text.substr(0, first));
-    if (first == std::string_view::npos) return out;
-    out.push_back(id);
-    text.remove_prefix(first + length);
+    std::string piece = concat(behind, text.substr(0, first));
+    if (found == nullptr) {
+      append(piece);
+      return out;
+    }
+    // Who has written the tokens around the placeholder does not get them twice.
+    const bool wrap = !piece.ends_with(found->text_before);
+    if (wrap) piece += found->text_before;
+    behind = wrap ? found->text_after : std::string_view();
+    append(piece);
+    out.push_back(found->placeholder);
+    text.remove_prefix(first + found->name.size() + 2);
   }
 }
 

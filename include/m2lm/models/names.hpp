@@ -18,27 +18,41 @@ namespace detail {
 
 inline constexpr std::array<std::string_view, 3> decoder_prefixes{"model.", "language_model.model.", "model.language_model."};
 inline constexpr std::array<std::string_view, 3> head_prefixes{"lm_head.", "language_model.lm_head.", "model.lm_head."};
-inline constexpr std::array<std::string_view, 6> vision_prefixes{
-    "vision_tower.vision_model.", "vision_tower.", "model.vision_tower.vision_model.", "model.vision_tower.", "vision_model.", ""};
+inline constexpr std::array<std::string_view, 7> vision_prefixes{
+    "vision_tower.vision_model.", "vision_tower.", "model.vision_tower.vision_model.", "model.vision_tower.", "model.vision_tower.vision_tower.vision_model.",
+    "vision_model.", ""};
 inline constexpr std::array<std::string_view, 2> projection_prefixes{"visual_projection.", "vision_tower.visual_projection."};
 inline constexpr std::array<std::string_view, 2> projector_prefixes{"multi_modal_projector.", "model.multi_modal_projector."};
 
-inline constexpr std::array<NameRule, 5> hugging_face_rules{{
+// LLaVA's own layout numbers the modules of its projector; activations are modules, too. A projector of one layer has no number.
+inline constexpr std::array<std::string_view, 4> projector1_prefixes{"multi_modal_projector.linear_1.", "model.multi_modal_projector.linear_1.",
+                                                                     "model.mm_projector.0.", "model.mm_projector."};
+inline constexpr std::array<std::string_view, 3> projector2_prefixes{"multi_modal_projector.linear_2.", "model.multi_modal_projector.linear_2.",
+                                                                     "model.mm_projector.2."};
+inline constexpr std::array<std::string_view, 3> projector3_prefixes{"multi_modal_projector.linear_3.", "model.multi_modal_projector.linear_3.",
+                                                                     "model.mm_projector.4."};
+
+inline constexpr std::array<NameRule, 8> hugging_face_rules{{
     {"model.", decoder_prefixes},
     {"lm_head.", head_prefixes},
     {"vision_tower.vision_model.", vision_prefixes},
     {"vision_tower.visual_projection.", projection_prefixes},
+    {"multi_modal_projector.linear_1.", projector1_prefixes},
+    {"multi_modal_projector.linear_2.", projector2_prefixes},
+    {"multi_modal_projector.linear_3.", projector3_prefixes},
     {"multi_modal_projector.", projector_prefixes},
 }};
 
 // Tensors that are in real files and that a model leaves alone: buffers, encoder layers behind the chosen one, CLIP's text half.
 // A '*' stands for any text.
-inline constexpr std::array<std::string_view, 10> ignorable_names{"*position_ids",
+inline constexpr std::array<std::string_view, 12> ignorable_names{"*position_ids",
                                                                   "*rotary_emb.inv_freq",
                                                                   "*vision_tower*encoder.layers.*",
                                                                   "*vision_tower*post_layernorm.*",
                                                                   "vision_model.encoder.layers.*",
                                                                   "vision_model.post_layernorm.*",
+                                                                  "encoder.layers.*",
+                                                                  "post_layernorm.*",
                                                                   "*visual_projection.weight",
                                                                   "text_model.*",
                                                                   "text_projection.weight",
@@ -46,8 +60,8 @@ inline constexpr std::array<std::string_view, 10> ignorable_names{"*position_ids
 
 }  // namespace detail
 
-/// The layouts of transformers' LLaMA, Mistral, CLIP and LLaVA checkpoints, old and new. source: the key mappings of transformers
-/// 4 and 5, and files saved by both.
+/// The layouts of transformers' LLaMA, Mistral, CLIP and LLaVA checkpoints, old and new, and LLaVA's own. source: the key mappings of
+/// transformers 4 and 5, files saved by both, and transformers' conversion of LLaVA's weights.
 inline constexpr std::span<const NameRule> hugging_face_names{detail::hugging_face_rules};
 
 /// Whether `name` matches a pattern in which '*' stands for any text.

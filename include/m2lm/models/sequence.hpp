@@ -37,6 +37,7 @@ struct ComponentTokens {
   InsertionKind insertion = InsertionKind::expand_placeholder;
   std::int32_t placeholder = -1;            ///< negative, and not in the vocabulary, where "<name>" is no token of the checkpoint
   std::optional<std::int32_t> before, after;
+  std::string_view text_before = {}, text_after = {};  ///< stand around "<name>" in text; token ids hold them already
 };
 
 /// The instances that a prompt attaches to a component.

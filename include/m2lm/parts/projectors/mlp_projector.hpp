@@ -4,7 +4,9 @@
 
 #include <m2lm/layers/linear.hpp>
 
+#include <algorithm>
 #include <array>
+#include <optional>
 #include <string>
 #include <vector>
 
@@ -15,6 +17,7 @@ struct ProjectorConfig {
   std::int64_t input_width = 0, output_width = 0;
   Activation activation = Activation::gelu;
   bool bias = true;
+  std::optional<int> layers = {};  ///< what the checkpoint says its projector has
 };
 
 /// Spec: Depth linear layers with an activation between them. Keys as in LlavaForConditionalGeneration: linear_1, linear_2, ….
@@ -31,6 +34,8 @@ struct MlpProjector {
     std::vector<Linear<B>> layers;
 
     explicit On(const ProjectorConfig& c) : config_(c) {
+      require<CheckpointError>(c.layers.value_or(Depth) == Depth, "m2lm::MlpProjector<", Depth, ">: the checkpoint's projector has ", c.layers.value_or(Depth),
+                               c.layers == 0 ? " layers; use IdentityProjector" : " layers; use MlpProjector of that depth");
       for (int i = 0; i < Depth; ++i) layers.emplace_back(i == 0 ? c.input_width : c.output_width, c.output_width, c.bias);
     }
 
