@@ -5,7 +5,11 @@
 #include <m2lm/io/directory.hpp>
 #include <m2lm/io/file_impl.hpp>
 
-#include <filesystem>
+#include <dirent.h>
+
+#include <memory>
+#include <new>
+#include <utility>
 
 namespace m2lm {
 
@@ -33,6 +37,33 @@ inline bool exchange([[maybe_unused]] const std::string& a, [[maybe_unused]] con
 #endif
 }
 
+/// Calls f(name) for every entry of a directory; returns the error number, or 0. (std::filesystem's iterators end the program when they
+/// find no memory: libstdc++ 12.)
+template <class F>
+int for_each_entry(const std::string& path, F&& f) {
+  const std::unique_ptr<DIR, int (*)(DIR*)> directory(::opendir(path.c_str()), [](DIR* d) { return ::closedir(d); });
+  if (!directory) return errno;
+  for (;;) {
+    errno = 0;
+    const dirent* entry = ::readdir(directory.get());
+    if (entry == nullptr) return errno;
+    const std::string name = entry->d_name;
+    if (name != "." && name != "..") f(name);
+  }
+}
+
+/// Removes what can be removed; never throws. What stays, for lack of memory too, has a name that says it is a part.
+inline void remove_tree(const std::string& path) noexcept {
+  try {
+    (void)for_each_entry(path, [&](const std::string& name) {
+      const std::string inner = join_path(path, name);
+      if (::unlink(inner.c_str()) != 0 && errno != ENOENT) remove_tree(inner);
+    });
+    ::rmdir(path.c_str());
+  } catch (const std::bad_alloc&) {
+  }
+}
+
 }  // namespace detail
 
 M2LM_IMPL DirectoryWriter::DirectoryWriter(std::string_view path) : path_(path) {
@@ -52,8 +83,7 @@ M2LM_IMPL DirectoryWriter::DirectoryWriter(std::string_view path) : path_(path) 
 }
 
 M2LM_IMPL DirectoryWriter::~DirectoryWriter() {
-  std::error_code ignored;
-  if (!temporary_.empty()) std::filesystem::remove_all(temporary_, ignored);
+  if (!temporary_.empty()) detail::remove_tree(temporary_);
 }
 
 M2LM_IMPL void DirectoryWriter::commit(FunctionRef<bool(std::string_view)> replaced) {
@@ -67,7 +97,7 @@ M2LM_IMPL void DirectoryWriter::commit(FunctionRef<bool(std::string_view)> repla
   }
   if (!detail::exchange(temporary_, path_)) {
     // Without an exchange there is a moment in which neither has the name; the old directory is put back if the second step fails.
-    const std::string aside = temporary_ + ".old";
+    std::string aside = temporary_ + ".old";
     if (std::rename(path_.c_str(), aside.c_str()) != 0)
       throw InputError(concat(path_, ": cannot replace the directory: ", detail::system_message(errno)));
     if (std::rename(temporary_.c_str(), path_.c_str()) != 0) {
@@ -75,23 +105,22 @@ M2LM_IMPL void DirectoryWriter::commit(FunctionRef<bool(std::string_view)> repla
       (void)std::rename(aside.c_str(), path_.c_str());
       throw InputError(concat(path_, ": cannot replace the directory: ", detail::system_message(error)));
     }
-    temporary_ = aside;
+    temporary_ = std::move(aside);
   }
+  // `old` is the old directory now. What does not belong to the files that were replaced goes on where it was; nothing of the user's is
+  // deleted, whatever fails from here on.
+  const std::string old = std::exchange(temporary_, {});
   detail::sync_directory(detail::parent_of(path_));
-  // `temporary_` is the old directory now. What does not belong to the files that were replaced goes on where it was.
-  std::error_code error;
   bool all_moved = true;
-  for (const auto& entry : std::filesystem::directory_iterator(temporary_, error)) {
-    const std::string name = entry.path().filename().string();
+  const int error = detail::for_each_entry(old, [&](const std::string& name) {
     const std::string target = join_path(path_, name);
-    if (replaced(name) || file_exists(target) || directory_exists(target)) continue;
-    if (std::rename(entry.path().c_str(), target.c_str()) != 0) all_moved = false;
-  }
-  if (error || !all_moved) {  // nothing of the user's is deleted
-    const std::string old = temporary_;
-    temporary_.clear();
+    if (replaced(name) || file_exists(target) || directory_exists(target)) return;
+    if (std::rename(join_path(old, name).c_str(), target.c_str()) != 0) all_moved = false;
+  });
+  if (error == ENOMEM) throw std::bad_alloc();
+  if (error != 0 || !all_moved)
     throw InputError(concat(path_, ": was written, but some of the directory's other files could not be moved over; they are in ", old));
-  }
+  detail::remove_tree(old);
 }
 
 }  // namespace m2lm

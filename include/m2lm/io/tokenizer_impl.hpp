@@ -6,6 +6,7 @@
 #include <m2lm/io/byte_bpe_impl.hpp>
 #include <m2lm/io/config_impl.hpp>
 #include <m2lm/io/file_impl.hpp>
+#include <m2lm/core/tensor.hpp>
 #include <m2lm/core/utf8.hpp>
 #include <m2lm/io/tokenizer.hpp>
 
@@ -426,6 +427,8 @@ M2LM_IMPL Tokenizer Tokenizer::of_sentencepiece(std::string model, detail::Token
   auto state = std::make_shared<State>();
   state->model_path = path;
   const auto load = [&](const std::string& bytes) {
+    // protobuf does not survive a failing allocation, so memory is asked for before: its objects take several times the file's size.
+    (void)detail::aligned_bytes(8 * bytes.size() + (std::size_t{1} << 20));
     // sentencepiece answers most damage with a status; the trie that it builds throws, on a piece without text for example.
     const auto status = [&] {
       try {

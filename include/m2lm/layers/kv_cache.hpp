@@ -29,6 +29,7 @@ class KvCache {
   /// throws CapacityError with the size in MiB when the memory cannot be had.
   KvCache(Context<B>& ctx, DType format, std::int64_t layers, std::int64_t kv_heads, std::int64_t head_dim, std::int64_t capacity) : capacity_(capacity) {
     const KeyValuesPlan plan = ops::plan_key_values(ctx, format, kv_heads, head_dim, capacity);
+    storage_.reserve(static_cast<std::size_t>(2 * layers));  // so that nothing fails between taking a block and owning it
     for (std::int64_t i = 0; i < 2 * layers; ++i) {
       storage_.emplace_back(static_cast<std::byte*>(std::calloc(plan.bytes ? plan.bytes : 1, 1)));
       require<CapacityError>(storage_.back() != nullptr, "m2lm: no memory for a KV cache of ", capacity, " positions (",

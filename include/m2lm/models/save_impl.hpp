@@ -3,7 +3,7 @@
 #pragma once
 
 #include <m2lm/core/rng.hpp>
-#include <m2lm/interop/json.hpp>
+#include <m2lm/io/config_impl.hpp>
 #include <m2lm/io/directory.hpp>
 #include <m2lm/io/safetensors.hpp>
 #include <m2lm/models/save.hpp>
@@ -66,7 +66,10 @@ inline std::string_view torch_dtype(std::span<const NamedTensor> tensors) {
 
 /// config.json with the dtype of what is written beside it.
 inline std::string config_text(const ConfigValue& config, std::string_view dtype) {
-  nlohmann::json json = nlohmann::json::parse(config.text());
+  OwnedJson document;
+  const std::string problem = try_parse_json(config.text(), false, {}, document);
+  require<CheckpointError>(problem.empty() && document.root.is_object(), config.file(), ": is no configuration that can be written: ", problem);
+  Json& json = document.root;
   const std::string name(dtype);
   json[json.contains("torch_dtype") ? "torch_dtype" : "dtype"] = name;
   for (const char* part : {"text_config", "vision_config"})
@@ -128,7 +131,8 @@ M2LM_IMPL void save_model(std::string_view directory, const SaveSource& source, 
 
   DirectoryWriter writer(directory);
   const std::map<std::string, std::string> metadata{{"format", "pt"}};
-  nlohmann::json index;
+  JsonWriter index;
+  index.begin_object().key("metadata").begin_object().member("total_size", total).end_object().key("weight_map").begin_object();
   std::vector<NamedTensor> written;  // with the data of one shard at a time
   std::string_view dtype_written;
   if (dtype == DType::inherit)
@@ -141,13 +145,13 @@ M2LM_IMPL void save_model(std::string_view directory, const SaveSource& source, 
     for (std::size_t i = 0; i < tensors.size(); ++i) {
       if (shard_of[i] != shard) continue;
       written.push_back({tensors[i].name, saving::converted(tensors[i].tensor, dtype)});
-      index["weight_map"][tensors[i].name] = file;
+      index.member(tensors[i].name, file);
     }
     write_safetensors(writer / file, written, metadata);
   }
   if (shards > 1) {
-    index["metadata"]["total_size"] = total;
-    write_file(writer / "model.safetensors.index.json", index.dump(2) + "\n");
+    index.end_object().end_object();
+    write_file(writer / "model.safetensors.index.json", index.text() + "\n");
   }
   write_file(writer / "config.json", saving::config_text(source.config, dtype_written));
   for (const std::string_view name : saving::companions) {
