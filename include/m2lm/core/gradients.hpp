@@ -4,9 +4,9 @@
 
 #include <m2lm/core/fields.hpp>
 
-#include <algorithm>
 #include <cmath>
 #include <cstdint>
+#include <map>
 #include <string>
 #include <string_view>
 #include <utility>
@@ -26,15 +26,8 @@ class Gradients {
   };
 
  private:
-  std::vector<Entry> entries_;                                       // in the order of the `fields` walk
-  std::vector<std::pair<const Parameter*, std::size_t>> by_address_;  // sorted
-
-  auto position(const Parameter& p) const {
-    const auto before = [](const auto& a, const Parameter* b) {
-      return reinterpret_cast<std::uintptr_t>(a.first) < reinterpret_cast<std::uintptr_t>(b);
-    };
-    return std::lower_bound(by_address_.begin(), by_address_.end(), &p, before);
-  }
+  std::vector<Entry> entries_;  // in the order of the `fields` walk
+  std::map<const Parameter*, std::size_t> by_address_;
 
  public:
   Gradients() = default;
@@ -46,9 +39,7 @@ class Gradients {
 
   /// Trains one more parameter: its gradient starts as zero. Adding it twice changes nothing.
   void add(std::string name, const Parameter& parameter) {
-    const auto at = position(parameter);
-    if (at != by_address_.end() && at->first == &parameter) return;
-    by_address_.insert(at, {&parameter, entries_.size()});
+    if (!by_address_.try_emplace(&parameter, entries_.size()).second) return;
     entries_.push_back({std::move(name), &parameter, Tensor<S>(parameter.shape)});
   }
   /// … and all below `root` whose full name `wanted(name)` accepts.
@@ -63,13 +54,10 @@ class Gradients {
 
   /// The gradient of a trained parameter, null for a frozen one.
   Tensor<S>* find(const Parameter& parameter) {
-    const auto at = position(parameter);
-    return at != by_address_.end() && at->first == &parameter ? &entries_[at->second].value : nullptr;
+    const auto at = by_address_.find(&parameter);
+    return at != by_address_.end() ? &entries_[at->second].value : nullptr;
   }
-  bool trains(const Parameter& parameter) const {
-    const auto at = position(parameter);
-    return at != by_address_.end() && at->first == &parameter;
-  }
+  bool trains(const Parameter& parameter) const { return by_address_.count(&parameter) != 0; }
   /// Whether any parameter below `root` is trained.
   template <ParameterStruct P>
   bool trains(const P& root) const {
@@ -84,7 +72,8 @@ class Gradients {
 
   /// Sets all to zero.
   void clear() {
-    for (Entry& e : entries_) std::fill_n(e.value.data(), e.value.elements(), S(0));
+    for (Entry& e : entries_)
+      for (S& x : e.value.span()) x = S(0);
   }
   /// Euclidean norm over all of them, summed in f64.
   double norm() const {

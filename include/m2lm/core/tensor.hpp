@@ -5,7 +5,6 @@
 #include <m2lm/core/dtype.hpp>
 #include <m2lm/core/view.hpp>
 
-#include <algorithm>
 #include <array>
 #include <cstddef>
 #include <cstring>
@@ -123,9 +122,8 @@ class AnyTensor {
   AnyTensor rows(std::int64_t begin, std::int64_t end) const {
     require(shape_.rank() >= 1 && 0 <= begin && begin <= end && end <= shape_[0], "m2lm::AnyTensor::rows(", begin, ", ", end, ") of ", shape_.string());
     AnyTensor part = *this;
-    std::array<std::int64_t, max_rank> extents{};
-    std::copy_n(shape_.extents().begin(), shape_.rank(), extents.begin());
-    extents[0] = end - begin;
+    std::array<std::int64_t, max_rank> extents{end - begin};
+    for (int i = 1; i < shape_.rank(); ++i) extents[static_cast<std::size_t>(i)] = shape_[i];
     part.shape_ = Shape(std::span<const std::int64_t>(extents.data(), static_cast<std::size_t>(shape_.rank())));
     if (shape_[0] > 0) part.data_ += bytes() / static_cast<std::size_t>(shape_[0]) * static_cast<std::size_t>(begin);
     return part;

@@ -4,7 +4,6 @@
 
 #include <m2lm/core/tensor.hpp>
 
-#include <algorithm>
 #include <cstdint>
 #include <memory>
 #include <span>
@@ -29,7 +28,7 @@ Tensor<S> flatten(std::span<const FeatureLevel<S>> levels) {
   S* to = out.data();
   for (const FeatureLevel<S>& level : levels) {
     require(level.values.shape()[1] == out.shape()[1], "m2lm::flatten: a level is ", level.values.shape().string(), ", the first has ", out.shape()[1], " channels");
-    to = std::copy_n(level.values.data(), level.values.elements(), to);
+    for (const S& value : level.values.span()) *to++ = value;
   }
   return out;
 }
