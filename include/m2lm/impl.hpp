@@ -20,10 +20,12 @@
 #include <m2lm/io/image_impl.hpp>
 #include <m2lm/io/image_processor_impl.hpp>
 #include <m2lm/io/gguf_model_impl.hpp>
+#include <m2lm/models/answer_impl.hpp>
 #include <m2lm/models/chat_template_impl.hpp>
 #include <m2lm/models/hf_config_impl.hpp>
 #include <m2lm/models/llava_native_impl.hpp>
 #include <m2lm/models/loader_impl.hpp>
+#include <m2lm/models/media_cache_impl.hpp>
 #include <m2lm/models/model_impl.hpp>
 #include <m2lm/models/save_impl.hpp>
 #include <m2lm/models/sequence_impl.hpp>

@@ -16,12 +16,14 @@
 #include <m2lm/io/safetensors.hpp>
 #include <m2lm/io/tokenizer.hpp>
 #include <m2lm/io/zip.hpp>
+#include <m2lm/models/answer.hpp>
 #include <m2lm/models/chat_template.hpp>
 #include <m2lm/models/generation.hpp>
 #include <m2lm/models/hf_config.hpp>
 #include <m2lm/models/insertion.hpp>
 #include <m2lm/models/llava_native.hpp>
 #include <m2lm/models/loader.hpp>
+#include <m2lm/models/media_cache.hpp>
 #include <m2lm/models/modality.hpp>
 #include <m2lm/models/model.hpp>
 #include <m2lm/models/names.hpp>

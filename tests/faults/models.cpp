@@ -47,3 +47,17 @@ TEST_CASE("a session goes on where it stopped") {
   CHECK(session.generate(model.prompt(next), options).tokens == model.generate(model.prompt(all), options).tokens);
   CHECK(session.length() == static_cast<std::int64_t>(all.size()) + 2);
 }
+
+TEST_CASE("a whole prompt with another picture") {
+  const std::string directory = m2lm_test::source_file("tests/golden/llava/old_keys_m2_default");
+  const Vlm model = Vlm::from_pretrained(directory);
+  const GenerateOptions options{.max_new_tokens = 3, .ignore_eos = true};
+  auto session = model.session();
+  for (const float shade : {-1.0F, 1.0F}) {
+    Tensor<float> rows(Shape{4, model.decoder_config().hidden_size});
+    for (std::int64_t i = 0; i < rows.elements(); ++i) rows.data()[i] = shade * static_cast<float>(i % 5);
+    auto prompt = model.prompt({1, 90, 5, 6});
+    prompt.attach_embeddings<"image">(AnyTensor(std::move(rows)));
+    CHECK(session.complete(prompt, options).timings.prefill_tokens == (shade < 0 ? 7 : 6));
+  }
+}

@@ -200,6 +200,37 @@ TEST_CASE("attention: a sink is a key of zeros with a value of zeros, and alone 
     for (const Variant& variant : variants(format)) nothing_seen(Runner<Cpu>(Cpu(variant.options(1))), format);
 }
 
+TEST_CASE("attention: copied keys and values are the same, whatever the capacities") {
+  Random random(404);
+  for (int trial = 0; trial < 20; ++trial) {
+    Problem p = random_problem(random);
+    p.mask = {};
+    p.first = 0;
+    for (const DType format : formats) {
+      Random data_random(6000 + static_cast<std::uint64_t>(trial));
+      const Data data(p, format, data_random);
+      const std::int64_t capacity = p.keys + random.integer(0, 70);
+      const auto check_copy = [&]<class B>(Runner<B> runner, const std::string& name) {
+        using S = ScalarOf<B>;
+        const Tensor<S> q = converted<S>(data.q), k = converted<S>(data.k), v = converted<S>(data.v);
+        Cache<B> from(runner.ctx, format, p.kv_heads, p.head_dim, p.capacity), to(runner.ctx, format, p.kv_heads, p.head_dim, capacity);
+        ops::append_key_values(runner.ctx, matrix(k), matrix(v), 0, from.kv);
+        ops::copy_key_values(runner.ctx, from.kv, p.keys, to.kv);
+        Tensor<S> y(q.shape()), z(q.shape());
+        ops::attention(runner.ctx, matrix(q), from.kv, p.keys, 0, {}, p.scale, y.template view<2>());
+        ops::attention(runner.ctx, matrix(q), to.kv, p.keys, 0, {}, p.scale, z.template view<2>());
+        CHECK_MESSAGE(std::equal(y.data(), y.data() + y.elements(), z.data()), name, " ", p.string(), " into ", capacity);
+      };
+      check_copy(Runner<Reference<double>>(), "Reference");
+      for (const Variant& variant : variants(format)) check_copy(Runner<Cpu>(Cpu(variant.options(1))), label(variant, format));
+    }
+  }
+  Runner<Cpu> cpu(Cpu({.threads = 1}));
+  Cache<Cpu> small(cpu.ctx, DType::f32, 1, 8, 10), other(cpu.ctx, DType::f32, 2, 8, 10);
+  CHECK_THROWS_AS(ops::copy_key_values(cpu.ctx, small.kv, small.kv.capacity + 1, small.kv), CapacityError);
+  CHECK_THROWS_AS(ops::copy_key_values(cpu.ctx, small.kv, 1, other.kv), ShapeError);
+}
+
 TEST_CASE("attention: scores far apart keep the softmax exact") {
   // One key wins by 200: the others' exp underflows to zero and nothing overflows; negative scores work the same way.
   for (const float sign : {1.0F, -1.0F})

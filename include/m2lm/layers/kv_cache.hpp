@@ -40,6 +40,15 @@ class KvCache {
                                   .keys = storage_[static_cast<std::size_t>(2 * i)].get(), .values = storage_[static_cast<std::size_t>(2 * i + 1)].get()});
   }
 
+  /// A cache of its own with the same positions. requires capacity >= length().
+  KvCache fork(Context<B>& ctx, std::int64_t capacity) const {
+    if (layers_.empty()) return {};
+    KvCache out(ctx, layers_[0].format, static_cast<std::int64_t>(layers_.size()), layers_[0].kv_heads, layers_[0].head_dim, capacity);
+    for (std::size_t i = 0; i < layers_.size(); ++i) ops::copy_key_values(ctx, layers_[i], length_, out.layers_[i]);
+    out.length_ = length_;
+    return out;
+  }
+
   std::int64_t capacity() const { return capacity_; }
   /// Positions that hold keys and values in every layer.
   std::int64_t length() const { return length_; }

@@ -53,6 +53,13 @@ struct Timings {
   std::int64_t decode_tokens = 0;  ///< steps of the decoder after the prefill
 };
 
+/// How likely a continuation is.
+struct Score {
+  double log_probability = 0;  ///< natural logarithm, summed over its tokens
+  std::int64_t tokens = 0;
+  bool greedy = true;          ///< greedy decoding would have chosen each of them
+};
+
 struct Generation {
   std::string text;
   std::vector<std::int32_t> tokens;  ///< with the token that ended the answer, if one did

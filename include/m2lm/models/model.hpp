@@ -9,6 +9,7 @@
 #include <m2lm/models/generation.hpp>
 #include <m2lm/models/hf_config.hpp>
 #include <m2lm/models/loader.hpp>
+#include <m2lm/models/media_cache.hpp>
 #include <m2lm/models/modality.hpp>
 #include <m2lm/models/prompt.hpp>
 #include <m2lm/models/save.hpp>
@@ -16,6 +17,7 @@
 #include <m2lm/models/session.hpp>
 
 #include <algorithm>
+#include <deque>
 #include <memory>
 #include <new>
 #include <optional>
@@ -35,6 +37,7 @@ struct LoadOptions {
   bool allow_unexpected = true;                                ///< false: tensors that the model does not know are an error
   bool check = false;                                          ///< true: NaN or infinity among the weights is an error that names them all
   CheckpointLimits limits = {};                                ///< of config.json and the tensors' files
+  std::size_t media_cache_bytes = std::size_t{128} << 20;      ///< encoded media that are kept, by content; 0 = none
   std::size_t memory_limit = 0;                                ///< bytes the packed model may take; 0 = what the system has free
   std::string_view vision_tower = {};                          ///< of LLaVA's own layout: the tower's directory, or the one that it is in
   std::string_view tokenizer_directory = {};                   ///< of from_config: where the tokenizer and preprocessor files are, if any
@@ -84,14 +87,6 @@ ComponentTokens component_tokens(const ModelFiles& files, std::string_view name,
 /// Ids of a text in which the placeholders that are no tokens stand too: the text between them is tokenized piece by piece.
 std::vector<std::int32_t> encode_text(const Tokenizer& tokenizer, std::string_view text, bool add_bos, std::span<const ComponentTokens> components);
 
-/// What one attached instance became.
-template <class S>
-struct EncodedMedia {
-  Tensor<S> rows;                                ///< [rows, hidden]
-  std::vector<std::int32_t> token_ids;           ///< instead of rows
-  std::shared_ptr<const CrossFeatures<S>> cross; ///< null where the encoder leaves none
-};
-
 }  // namespace detail
 
 /// Immutable after load; copies are handles on the same weights, and several threads may use one. Sizes come from config.json,
@@ -139,6 +134,17 @@ class Model {
   std::vector<Tensor<Scalar>> hidden_states(const PromptType& prompt, std::span<const int> layers = {}) const;
   /// A new session's answer.
   Generation generate(const PromptType& prompt, const GenerateOptions& options = {}) const;
+  /// Answers several prompts together, of any lengths and with any media; each answer is bit-equal to that of the prompt alone (with the
+  /// same seed, so equal prompts get equal answers). `on_text` is called with the index of the prompt. throws OptionError for
+  /// options.on_text, which could not say whose text it gets; otherwise as generate, and then no answer is given.
+  std::vector<Generation> generate(std::span<const PromptType> prompts, const GenerateOptions& options = {},
+                                   FunctionRef<void(std::size_t, std::string_view)> on_text = {}) const;
+  /// How likely each continuation is behind the prompt, which is computed once. Tokens are those that follow the prompt's when both are
+  /// tokenized as one text (a chat's template puts its space between them); a token that crosses the border counts to the
+  /// continuation. requires a prompt of text.
+  std::vector<Score> score(const PromptType& prompt, std::span<const std::string> continuations) const;
+  /// The same with token ids.
+  std::vector<Score> score(const PromptType& prompt, std::span<const std::vector<std::int32_t>> continuations) const;
   Session session(const SessionOptions& options = {}) const;
 
   const LlamaConfig& decoder_config() const;
@@ -147,6 +153,8 @@ class Model {
   const Tokenizer& tokenizer() const;
   const ChatTemplate& chat_template() const;
   const LoadReport& load_report() const;
+  /// Encoded media that are kept for the next prompt with the same content.
+  MediaCacheStats media_cache_stats() const;
   B& backend() const;
 
  private:
@@ -163,19 +171,21 @@ class Model {
     std::tuple<typename Component::template On<B, P>...> component;
     std::vector<detail::ComponentTokens> tokens;  // of each component
     std::optional<std::int32_t> bos;
+    mutable detail::MediaCache<Scalar> media;
     LoadReport report;
 
-    State(B b, detail::ModelFiles f, const Precision& p);
+    State(B b, detail::ModelFiles f, const Precision& p, std::size_t media_cache_bytes);
   };
+  using MediaPointer = std::shared_ptr<const detail::EncodedMedia<Scalar>>;
   struct Embedded {
     detail::TokenSequence sequence;
-    std::vector<std::vector<detail::EncodedMedia<Scalar>>> media;  // [component][instance]
+    std::vector<std::vector<MediaPointer>> media;  // [component][instance]
 
     /// What hooks of the decoder read, with the sequence beginning at position `first`.
     std::vector<CrossInstance<Scalar>> cross_instances(std::int64_t first) const {
       std::vector<CrossInstance<Scalar>> out;
       for (const detail::MediaSpan& span : sequence.media)
-        if (const auto& cross = media[span.component][span.instance].cross) out.push_back({cross, first + span.begin, span.rows});
+        if (const auto& cross = media[span.component][span.instance]->cross) out.push_back({cross, first + span.begin, span.rows});
       return out;
     }
   };
@@ -193,6 +203,11 @@ class Model {
   std::vector<std::int32_t> encode_text(std::string_view text, bool add_bos) const;
   /// `answer`: the ids of prompt and answer together, the answer as a chat's template puts it.
   std::vector<std::int32_t> prompt_ids(const PromptType& prompt, bool first = true, std::string_view answer = {}) const;
+  std::vector<Score> score(const PromptType& prompt, std::optional<std::vector<std::int32_t>> ids,
+                           std::span<const std::vector<std::int32_t>> continuations) const;
+  MediaPointer given_media(const AnyTensor& given, const detail::ComponentTokens& tokens) const;
+  template <class Component_, class Input>
+  MediaPointer encode_media(Context<B>& ctx, const Component_& component, std::size_t index, const Input& input) const;
   Embedded embed_media(Context<B>& ctx, const PromptType& prompt, std::vector<std::int32_t> ids) const;
   void embed(Context<B>& ctx, const Embedded& embedded, std::int64_t begin, Matrix<Scalar> h) const;
   DType cache_format() const { return state_->precision.resolve(state_->precision.kv_cache); }
@@ -209,13 +224,14 @@ typename D::Config Model<B, P, D, C...>::read_decoder_config(const ConfigValue& 
 }
 
 template <class B, Precision P, class D, class... C>
-Model<B, P, D, C...>::State::State(B b, detail::ModelFiles f, const Precision& p)
+Model<B, P, D, C...>::State::State(B b, detail::ModelFiles f, const Precision& p, std::size_t media_cache_bytes)
     : backend(std::move(b)),
       files(std::move(f)),
       precision(p),
       decoder(read_decoder_config(files.config)),
       component(typename C::template On<B, P>(files.config, files.directory, decoder.config().hidden_size)...),
-      bos(detail::bos_token(files)) {
+      bos(detail::bos_token(files)),
+      media(media_cache_bytes) {
   (tokens.push_back(detail::component_tokens(files, C::name.view(), tokens.size(), C::InsertionPolicy::kind, C::InsertionPolicy::before,
                                              C::InsertionPolicy::after)),
    ...);
@@ -232,7 +248,7 @@ template <class B, Precision P, class D, class... C>
 Model<B, P, D, C...> Model<B, P, D, C...>::from_config(const ConfigValue& config, std::uint64_t seed, B backend, const LoadOptions& options) try {
   detail::ModelFiles files = detail::model_files_of_config(config, options.tokenizer_directory, options.template_name);
   {
-    const State shapes(backend, files, P);
+    const State shapes(backend, files, P, 0);
     std::vector<Parameter> parameters;
     std::vector<detail::NamedParameter> named;
     const auto count = [&](std::string_view name, const Parameter& p) {
@@ -274,7 +290,7 @@ template <class B, Precision P, class D, class... C>
 Model<B, P, D, C...> Model<B, P, D, C...>::load(detail::ModelFiles files, B backend, const LoadOptions& options) {
   const Precision precision = options.precision.value_or(P);
   Model model;
-  model.state_ = std::make_shared<State>(std::move(backend), std::move(files), precision);
+  model.state_ = std::make_shared<State>(std::move(backend), std::move(files), precision, options.media_cache_bytes);
   State& state = *model.state_;
   const std::string& directory = state.files.directory;
 
@@ -377,35 +393,65 @@ std::vector<std::int32_t> Model<B, P, D, C...>::prompt_ids(const PromptType& pro
   return encode_text(answer.empty() ? render(format, messages) : concat(render(format, messages), format.answer_prefix, answer), first && format.add_bos);
 }
 
+/// Embeddings that a prompt gives itself.
+template <class B, Precision P, class D, class... C>
+auto Model<B, P, D, C...>::given_media(const AnyTensor& given, const detail::ComponentTokens& tokens) const -> MediaPointer {
+  const std::int64_t hidden = decoder_config().hidden_size;
+  require<InputError>(tokens.insertion != InsertionKind::discrete_tokens, "m2lm: <", tokens.name, "> enters as token ids; embeddings cannot be attached to it");
+  require<InputError>(given.has_value() && given.shape().rank() == 2 && given.shape()[1] == hidden, "m2lm: the embeddings attached to <", tokens.name, "> are ",
+                      given.shape().string(), ", expected [tokens, ", hidden, "]");
+  auto media = std::make_shared<detail::EncodedMedia<Scalar>>();
+  media->rows = given.template to<Scalar>();
+  const auto is_finite = [](Scalar x) { return x - x == Scalar(0); };
+  const std::span<const Scalar> values = media->rows.span();
+  const auto bad = std::find_if_not(values.begin(), values.end(), is_finite) - values.begin();
+  require<InputError>(bad == static_cast<std::ptrdiff_t>(values.size()), "m2lm: the embeddings attached to <", tokens.name, "> hold NaN or infinity in row ",
+                      bad / std::max<std::int64_t>(1, hidden));
+  ContentHash hash;
+  hash_content(hash, given);
+  media->key = hash.key();
+  return media;
+}
+
+/// What a component makes of an input, from the cache if it has been encoded before.
+template <class B, Precision P, class D, class... C>
+template <class Component, class Input>
+auto Model<B, P, D, C...>::encode_media(Context<B>& ctx, const Component& component, std::size_t index, const Input& input) const -> MediaPointer {
+  ContentKey key;
+  if constexpr (detail::HashableContent<Input>) {
+    ContentHash hash;
+    hash.value(index);
+    hash_content(hash, input);
+    key = hash.key();
+    if (MediaPointer found = state_->media.find(key)) return found;
+  } else {
+    key = detail::unique_key();
+  }
+  auto media = std::make_shared<detail::EncodedMedia<Scalar>>();
+  media->key = key;
+  ModalityOutput<Scalar> encoded = component.encode(ctx, input, decoder_config().hidden_size);
+  media->rows = std::move(encoded.embeddings);
+  media->token_ids = std::move(encoded.token_ids);
+  if (!encoded.pyramid.empty()) media->cross = state_->decoder.cross_features(ctx, std::move(encoded.pyramid));
+  if constexpr (detail::HashableContent<Input>) state_->media.insert(media);
+  return media;
+}
+
 template <class B, Precision P, class D, class... C>
 auto Model<B, P, D, C...>::embed_media(Context<B>& ctx, const PromptType& prompt, std::vector<std::int32_t> ids) const -> Embedded {
   Embedded out;
   std::vector<detail::ComponentInstances> uses;
-  for_each_component([&](auto index, const auto& component, std::string_view name) {
+  for_each_component([&](auto index, const auto& component, std::string_view) {
     detail::ComponentInstances use{.tokens = state_->tokens[index()], .rows = {}, .token_ids = {}};
-    std::vector<detail::EncodedMedia<Scalar>> instances;
-    const std::int64_t hidden = decoder_config().hidden_size;
+    std::vector<MediaPointer> instances;
     for (const auto& attachment : std::get<index()>(prompt.attachments)) {
-      detail::EncodedMedia<Scalar> media;
-      if (const AnyTensor* given = std::get_if<1>(&attachment)) {
-        require<InputError>(use.tokens.insertion != InsertionKind::discrete_tokens, "m2lm: <", name, "> enters as token ids; embeddings cannot be attached to it");
-        require<InputError>(given->has_value() && given->shape().rank() == 2 && given->shape()[1] == hidden, "m2lm: the embeddings attached to <", name,
-                            "> are ", given->shape().string(), ", expected [tokens, ", hidden, "]");
-        media.rows = given->template to<Scalar>();
-        const auto is_finite = [](Scalar x) { return x - x == Scalar(0); };
-        const std::span<const Scalar> values = media.rows.span();
-        const auto bad = std::find_if_not(values.begin(), values.end(), is_finite) - values.begin();
-        require<InputError>(bad == static_cast<std::ptrdiff_t>(values.size()), "m2lm: the embeddings attached to <", name, "> hold NaN or infinity in row ",
-                            bad / std::max<std::int64_t>(1, hidden));
-      } else {
-        ModalityOutput<Scalar> encoded = component.encode(ctx, std::get<0>(attachment), hidden);
-        media.rows = std::move(encoded.embeddings);
-        media.token_ids = std::move(encoded.token_ids);
-        if (!encoded.pyramid.empty()) media.cross = state_->decoder.cross_features(ctx, std::move(encoded.pyramid));
-      }
+      if (const AnyTensor* given = std::get_if<1>(&attachment))
+        instances.push_back(given_media(*given, use.tokens));
+      else
+        instances.push_back(encode_media(ctx, component, index(), std::get<0>(attachment)));
+      const detail::EncodedMedia<Scalar>& media = *instances.back();
       use.rows.push_back(media.rows.shape().rank() == 2 ? media.rows.shape()[0] : 0);
       use.token_ids.push_back(media.token_ids);
-      instances.push_back(std::move(media));
     }
     uses.push_back(std::move(use));
     out.media.push_back(std::move(instances));
@@ -429,7 +475,7 @@ void Model<B, P, D, C...>::embed(Context<B>& ctx, const Embedded& embedded, std:
     const std::int64_t from = std::max(span.begin, begin), to = std::min(span.begin + span.rows, end);
     if (from >= to) continue;
     text_until(from);
-    const Tensor<Scalar>& rows = embedded.media[span.component][M2LM_FAULT(28) ? 0 : span.instance].rows;
+    const Tensor<Scalar>& rows = embedded.media[span.component][M2LM_FAULT(28) ? 0 : span.instance]->rows;
     const auto source = rows.template view<2>();
     for (std::int64_t i = from; i < to; ++i) std::copy_n(source.row(i - span.begin), h.extent(1), h.row(i - begin));
     at = to;
@@ -553,6 +599,70 @@ auto Model<B, P, D, C...>::hidden_states(const PromptType& prompt, std::span<con
 template <class B, Precision P, class D, class... C>
 Generation Model<B, P, D, C...>::generate(const PromptType& prompt, const GenerateOptions& options) const {
   return session().generate(prompt, options);
+}
+
+template <class B, Precision P, class D, class... C>
+std::vector<Generation> Model<B, P, D, C...>::generate(std::span<const PromptType> prompts, const GenerateOptions& options,
+                                                       FunctionRef<void(std::size_t, std::string_view)> on_text) const try {
+  require<OptionError>(!options.on_text, "m2lm: options.on_text for several prompts cannot say whose text it gets; give generate an on_text(index, text)");
+  if (prompts.empty()) return {};
+  std::deque<Session> sessions;
+  std::deque<typename Session::Turn> turns;
+  for (const PromptType& prompt : prompts) {
+    sessions.push_back(session());
+    Session::prepare(turns.emplace_back(sessions.back(), prompt), false);
+  }
+  return Session::answer(turns, options, on_text);
+} catch (const std::bad_alloc&) {
+  detail::throw_out_of_memory("answers");
+}
+
+template <class B, Precision P, class D, class... C>
+std::vector<Score> Model<B, P, D, C...>::score(const PromptType& prompt, std::span<const std::vector<std::int32_t>> continuations) const try {
+  return score(prompt, std::nullopt, continuations);
+} catch (const std::bad_alloc&) {
+  detail::throw_out_of_memory("scoring");
+}
+
+template <class B, Precision P, class D, class... C>
+std::vector<Score> Model<B, P, D, C...>::score(const PromptType& prompt, std::span<const std::string> continuations) const try {
+  require<InputError>(prompt.form != PromptForm::ids, "m2lm: a prompt of token ids is continued by token ids, not by text");
+  const std::vector<std::int32_t> alone = prompt_ids(prompt);
+  std::vector<Score> out(continuations.size());
+  std::vector<std::vector<std::int32_t>> rest;  // of the continuations that leave the prompt's tokens as they are
+  std::vector<std::size_t> whose;
+  for (std::size_t i = 0; i < continuations.size(); ++i) {
+    const std::vector<std::int32_t> together = prompt_ids(prompt, true, continuations[i]);
+    const auto parting = std::mismatch(alone.begin(), alone.end(), together.begin(), together.end());
+    std::vector<std::int32_t> own(parting.second, together.end());
+    if (parting.first == alone.end()) {
+      rest.push_back(std::move(own));
+      whose.push_back(i);
+    } else {  // a token crosses the border
+      out[i] = score(prompt, std::vector<std::int32_t>(alone.begin(), parting.first), std::span<const std::vector<std::int32_t>>(&own, 1)).front();
+    }
+  }
+  const std::vector<Score> scores = score(prompt, alone, rest);
+  for (std::size_t i = 0; i < whose.size(); ++i) out[whose[i]] = scores[i];
+  return out;
+} catch (const std::bad_alloc&) {
+  detail::throw_out_of_memory("scoring");
+}
+
+/// `ids`: of the prompt, if they are not what its text becomes.
+template <class B, Precision P, class D, class... C>
+std::vector<Score> Model<B, P, D, C...>::score(const PromptType& prompt, std::optional<std::vector<std::int32_t>> ids,
+                                               std::span<const std::vector<std::int32_t>> continuations) const {
+  Session scratch = session();
+  std::deque<typename Session::Turn> turns;
+  turns.emplace_back(scratch, prompt).ids = std::move(ids);
+  Session::prepare(turns.front(), false);
+  return Session::score(turns, continuations);
+}
+
+template <class B, Precision P, class D, class... C>
+MediaCacheStats Model<B, P, D, C...>::media_cache_stats() const {
+  return state_->media.stats();
 }
 
 template <class B, Precision P, class D, class... C>

@@ -3,21 +3,21 @@
 #pragma once
 
 #include <m2lm/core/arena.hpp>
-#include <m2lm/io/tokenizer.hpp>
 #include <m2lm/layers/kv_cache.hpp>
+#include <m2lm/models/answer.hpp>
 #include <m2lm/models/chat_template.hpp>
 #include <m2lm/models/generation.hpp>
+#include <m2lm/models/media_cache.hpp>
 #include <m2lm/models/sequence.hpp>
 #include <m2lm/parts/decoders/llama.hpp>
-#include <m2lm/sampling/processors.hpp>
-#include <m2lm/sampling/stop.hpp>
 
 #include <algorithm>
 #include <chrono>
+#include <cmath>
+#include <deque>
 #include <new>
 #include <optional>
 #include <span>
-#include <string>
 #include <string_view>
 #include <utility>
 #include <vector>
@@ -34,30 +34,51 @@ template <class M>
 class BasicSession {
   using B = typename M::Backend;
   using S = typename M::Scalar;
+  using PromptType = typename M::PromptType;
+
+  /// Rows of media at cached positions.
+  struct CachedMedia {
+    std::int64_t begin = 0, rows = 0;
+    ContentKey key{};
+  };
   M model_;
   Arena arena_;
   KvCache<B> cache_;
   Rng rng_;
   bool seeded_ = false;
-  std::vector<std::int32_t> history_;  // ids at the cached positions
-  std::vector<std::int32_t> pending_;  // chosen, but not yet seen by the decoder
-  bool chatting_ = false;              // the cache begins with a rendered chat
-  std::vector<CrossInstance<S>> media_;  // in the cached positions, for hooks of the decoder
+  std::vector<std::int32_t> history_;    // ids at the cached positions
+  std::vector<std::int32_t> pending_;    // chosen, but not yet seen by the decoder
+  bool chatting_ = false;                // the cache begins with a rendered chat
+  std::vector<CachedMedia> media_;       // at the cached positions, in their order
+  std::vector<CrossInstance<S>> cross_;  // those of them that hooks of the decoder read
 
   /// Puts a session back where it stood, unless `done`.
   struct Restore {
     BasicSession& session;
     std::int64_t length = session.cache_.length();
-    std::size_t ids = session.history_.size(), media = session.media_.size();
+    std::size_t ids = session.history_.size(), media = session.media_.size(), cross = session.cross_.size();
     std::vector<std::int32_t> pending = session.pending_;
     Rng rng = session.rng_;
     bool seeded = session.seeded_, chatting = session.chatting_, done = false;
 
+    explicit Restore(BasicSession& s) : session(s) {}
+    Restore(const Restore&) = delete;
+    Restore& operator=(const Restore&) = delete;
+    /// What has been forgotten stays so.
+    void retake() {
+      length = session.cache_.length();
+      ids = session.history_.size();
+      media = session.media_.size();
+      cross = session.cross_.size();
+      pending.clear();
+      chatting = false;
+    }
     ~Restore() {
       if (done) return;
       session.cache_.truncate(length);
       session.history_.resize(ids);
       session.media_.resize(media);
+      session.cross_.resize(cross);
       session.pending_ = std::move(pending);
       session.rng_ = rng;
       session.seeded_ = seeded;
@@ -65,13 +86,36 @@ class BasicSession {
     }
   };
 
+  /// One prompt on its way into a session. Turns stay where they are: a deque holds those of a batch.
+  struct Turn {
+    BasicSession& session;
+    const PromptType& prompt;
+    std::optional<std::vector<std::int32_t>> ids{};  // instead of the prompt's
+    typename M::Embedded embedded{};
+    std::int64_t kept = 0;  // positions of the sequence that the cache holds already
+    double encode_seconds = 0;
+    Restore restore;
+
+    Turn(BasicSession& s, const PromptType& p) : session(s), prompt(p), restore(s) {}
+    std::int64_t tokens() const { return static_cast<std::int64_t>(embedded.sequence.ids.size()); }
+  };
+  friend M;
+
  public:
   BasicSession(M model, const SessionOptions& options);
 
-  /// Answers the prompt. A chat prompt after the first is the next turn: what the cache holds is not computed again.
-  /// throws CapacityError naming both lengths when the prompt does not fit in the context, or the answer grows beyond it; InputError
-  /// for a prompt that does not fit the model; what `on_text` throws. The session is then as it was before the call.
-  Generation generate(const typename M::PromptType& prompt, const GenerateOptions& options = {});
+  /// Answers the prompt. A chat prompt after the first is the next turn, ids and raw text are appended: what the cache holds is not
+  /// computed again. throws CapacityError naming both lengths when the prompt does not fit in the context, or the answer grows beyond
+  /// it; InputError for a prompt that does not fit the model; what `on_text` throws. The session is then as it was before the call.
+  Generation generate(const PromptType& prompt, const GenerateOptions& options = {});
+
+  /// Answers a prompt that is the whole sequence from its first token on, as a server gets it. Positions that the cache holds already
+  /// (equal ids, and media of equal content) are kept, the others forgotten. throws as generate; when it does, what was forgotten
+  /// stays so.
+  Generation complete(const PromptType& whole, const GenerateOptions& options = {});
+
+  /// A session that goes on from here by itself. The positions so far are copied; nothing is computed again.
+  BasicSession fork() const;
 
   /// Positions in the cache.
   std::int64_t length() const { return cache_.length(); }
@@ -80,157 +124,332 @@ class BasicSession {
   std::span<const std::int32_t> history() const { return history_; }
   /// Most scratch bytes in use at once so far.
   std::size_t peak_scratch_bytes() const { return arena_.peak_bytes(); }
+
+ private:
+  BasicSession(M model, KvCache<B> cache) : model_(std::move(model)), cache_(std::move(cache)) {}
+
+  std::int64_t common_prefix(const typename M::Embedded& embedded) const;
+  void forget_from(std::int64_t position);
+  static void prepare(Turn& turn, bool whole);
+  static Tensor<S> prefill(std::deque<Turn>& turns);
+  static std::vector<Generation> answer(std::deque<Turn>& turns, const GenerateOptions& options, FunctionRef<void(std::size_t, std::string_view)> on_text = {});
+  static std::vector<Score> score(std::deque<Turn>& turns, std::span<const std::vector<std::int32_t>> continuations);
 };
 
 // Members are defined out of class, as Model's are.
 
 template <class M>
-BasicSession<M>::BasicSession(M model, const SessionOptions& options) : model_(std::move(model)), rng_(options.seed), seeded_(options.seed != 0) {
+BasicSession<M>::BasicSession(M model, const SessionOptions& options) try : model_(std::move(model)), rng_(options.seed), seeded_(options.seed != 0) {
   const LlamaConfig& config = model_.decoder_config();
   const std::int64_t positions = options.max_positions == 0 ? config.max_position_embeddings : options.max_positions;
   require<OptionError>(positions > 0 && positions <= config.max_position_embeddings, "m2lm: a session of ", positions,
                        " positions; the checkpoint has max_position_embeddings = ", config.max_position_embeddings);
   Context<B> ctx{model_.backend(), arena_};
   cache_ = model_.state_->decoder.make_cache(ctx, model_.cache_format(), positions);
+} catch (const std::bad_alloc&) {
+  detail::throw_out_of_memory("a session");
 }
 
 template <class M>
-Generation BasicSession<M>::generate(const typename M::PromptType& prompt, const GenerateOptions& options) try {
-  using Clock = std::chrono::steady_clock;
-  const auto seconds_since = [](Clock::time_point start) { return std::chrono::duration<double>(Clock::now() - start).count(); };
-  const auto& state = *model_.state_;
-  const LlamaConfig& config = model_.decoder_config();
-  Context<B> ctx{model_.backend(), arena_, &state.decoder.embed_tokens.weight.value};
-  require<OptionError>(options.max_new_tokens >= 0, "m2lm: max_new_tokens = ", options.max_new_tokens, " is negative");
-  Sampler sampler(options.sampling(), config.vocab_size);
-  Restore restore{*this};
-  if (!seeded_ || options.seed != 0) rng_ = Rng(options.seed);
-  seeded_ = true;
-  Generation result;
+BasicSession<M> BasicSession<M>::fork() const try {
+  Arena arena;
+  Context<B> ctx{model_.backend(), arena};
+  BasicSession out(model_, cache_.fork(ctx, cache_.capacity()));
+  out.rng_ = rng_;
+  out.seeded_ = seeded_;
+  out.history_ = history_;
+  out.pending_ = pending_;
+  out.chatting_ = chatting_;
+  out.media_ = media_;
+  out.cross_ = cross_;
+  return out;
+} catch (const std::bad_alloc&) {
+  detail::throw_out_of_memory("a session");
+}
 
-  // The new part of the sequence: what was chosen last, then the prompt.
+/// Positions of the cache that hold the beginning of a sequence; at least one of the sequence is left to compute.
+template <class M>
+std::int64_t BasicSession<M>::common_prefix(const typename M::Embedded& embedded) const {
+  const std::vector<std::int32_t>& ids = embedded.sequence.ids;
+  std::size_t count = static_cast<std::size_t>(std::mismatch(ids.begin(), ids.end(), history_.begin(), history_.end()).first - ids.begin());
+  // Placeholders look alike: the media behind them must be the same too.
+  std::size_t i = 0;
+  for (const detail::MediaSpan& span : embedded.sequence.media) {
+    if (span.begin >= static_cast<std::int64_t>(count)) break;
+    const CachedMedia* cached = i < media_.size() ? &media_[i++] : nullptr;
+    if (!cached || cached->begin != span.begin || cached->rows != span.rows || (cached->key != embedded.media[span.component][span.instance]->key && !M2LM_FAULT(63)))
+      count = static_cast<std::size_t>(span.begin);
+  }
+  if (i < media_.size()) count = std::min(count, static_cast<std::size_t>(media_[i].begin));
+  return static_cast<std::int64_t>(std::min(count, ids.size() - 1));
+}
+
+template <class M>
+void BasicSession<M>::forget_from(std::int64_t position) {
+  cache_.truncate(position);
+  history_.resize(static_cast<std::size_t>(position));
+  std::erase_if(media_, [&](const CachedMedia& m) { return m.begin >= position; });
+  std::erase_if(cross_, [&](const CrossInstance<S>& m) { return m.begin >= position; });
+}
+
+/// Finds the ids of a turn, encodes its media, and makes room in the books of its session. `whole`: it begins the sequence.
+template <class M>
+void BasicSession<M>::prepare(Turn& turn, bool whole) {
+  BasicSession& s = turn.session;
+  const auto& state = *s.model_.state_;
+  Context<B> ctx{s.model_.backend(), s.arena_, &state.decoder.embed_tokens.weight.value};
   std::vector<std::int32_t> ids;
-  const ChatTemplate& format = model_.template_of(prompt);
-  if (chatting_ && prompt.form == PromptForm::chat) {
-    require<InputError>(prompt.system.empty(), "m2lm: a system message opens a conversation; this one has begun");
+  if (turn.ids) {
+    ids = *turn.ids;
+  } else if (!whole && s.chatting_ && turn.prompt.form == PromptForm::chat) {
+    require<InputError>(turn.prompt.system.empty(), "m2lm: a system message opens a conversation; this one has begun");
     // An end token that the model chose is not in the cache yet; the template says whether one stands between turns.
     const auto& ends = state.files.stop_tokens;
-    if (!pending_.empty() && std::find(ends.begin(), ends.end(), pending_.back()) != ends.end()) pending_.clear();
-    ids = model_.encode_text(render_continuation(format, prompt.text, false), false);
+    if (!s.pending_.empty() && std::find(ends.begin(), ends.end(), s.pending_.back()) != ends.end()) s.pending_.clear();
+    ids = s.model_.encode_text(render_continuation(s.model_.template_of(turn.prompt), turn.prompt.text, false), false);
   } else {
-    ids = model_.prompt_ids(prompt, cache_.length() == 0);
+    ids = s.model_.prompt_ids(turn.prompt, whole || s.cache_.length() == 0);
+  }
+  const auto start = std::chrono::steady_clock::now();
+  turn.embedded = s.model_.embed_media(ctx, turn.prompt, std::move(ids));
+  turn.encode_seconds = std::chrono::duration<double>(std::chrono::steady_clock::now() - start).count();
+  if (whole) {
+    turn.kept = s.common_prefix(turn.embedded);
+    s.forget_from(turn.kept);
+    s.pending_.clear();
+    s.chatting_ = false;
+    turn.restore.retake();
+  } else if (!M2LM_FAULT(31)) {  // what was chosen last goes in front
+    turn.embedded.sequence.prepend(s.pending_);
+  }
+  const std::int64_t length = s.cache_.length(), more = turn.tokens() - turn.kept;
+  require<CapacityError>(length + more <= s.cache_.capacity(), "m2lm: the prompt needs ", length + more, " positions (", length, " used, ", more,
+                         " new), the context holds ", s.cache_.capacity());
+  const std::int64_t first = length - turn.kept;  // position of the sequence's first id
+  for (const detail::MediaSpan& span : turn.embedded.sequence.media)
+    if (span.begin >= turn.kept) s.media_.push_back({first + span.begin, span.rows, turn.embedded.media[span.component][span.instance]->key});
+  for (CrossInstance<S>& instance : turn.embedded.cross_instances(first))
+    if (instance.begin >= length) s.cross_.push_back(std::move(instance));
+}
+
+/// Runs the decoder over the new positions of all turns, in pieces of fixed size (each result is the same as at once), and returns the
+/// hidden state of each turn's last position: [turns, hidden].
+template <class M>
+auto BasicSession<M>::prefill(std::deque<Turn>& turns) -> Tensor<S> {
+  const M& model = turns[0].session.model_;
+  const auto& state = *model.state_;
+  Arena& arena = turns[0].session.arena_;
+  Context<B> ctx{model.backend(), arena, &state.decoder.embed_tokens.weight.value};
+  const std::int64_t hidden = model.decoder_config().hidden_size;
+  constexpr std::int64_t piece = 512;
+  struct Part {
+    std::size_t turn;
+    std::int64_t from, count;
+  };
+  std::vector<Part> parts;
+  std::vector<SequenceRows<B>> rows;
+  Tensor<S> last(Shape{static_cast<std::int64_t>(turns.size()), hidden});
+  std::int64_t from = turns[0].kept;
+  for (std::size_t t = 0; t < turns.size();) {
+    parts.clear();
+    rows.clear();
+    std::int64_t total = 0;
+    while (t < turns.size() && total < piece) {
+      const std::int64_t count = std::min(piece - total, turns[t].tokens() - from);
+      parts.push_back({t, from, count});
+      rows.push_back({&turns[t].session.cache_, total, count, turns[t].session.cross_});
+      total += count;
+      from += count;
+      if (from == turns[t].tokens() && ++t < turns.size()) from = turns[t].kept;
+    }
+    const Arena::Scope scope(arena);
+    const Matrix<S> h = arena.matrix<S>(total, hidden);
+    for (std::size_t i = 0; i < parts.size(); ++i)
+      model.embed(ctx, turns[parts[i].turn].embedded, parts[i].from, h.rows(rows[i].begin, rows[i].begin + parts[i].count));
+    state.decoder.forward(ctx, h, rows);
+    for (std::size_t i = 0; i < parts.size(); ++i)
+      if (parts[i].from + parts[i].count == turns[parts[i].turn].tokens())
+        std::copy_n(h.row(rows[i].begin + parts[i].count - 1), hidden, last.data() + static_cast<std::int64_t>(parts[i].turn) * hidden);
+  }
+  for (Turn& turn : turns) {
+    BasicSession& s = turn.session;
+    s.history_.insert(s.history_.end(), turn.embedded.sequence.ids.begin() + turn.kept, turn.embedded.sequence.ids.end());
+    s.pending_.clear();
+    s.chatting_ = s.chatting_ || turn.prompt.form == PromptForm::chat;
+  }
+  return last;
+}
+
+/// Prefills the prepared turns and answers them together: one step of the decoder gives the next token of all that go on. Each answer
+/// is the same as alone.
+template <class M>
+std::vector<Generation> BasicSession<M>::answer(std::deque<Turn>& turns, const GenerateOptions& options,
+                                                FunctionRef<void(std::size_t, std::string_view)> on_text) {
+  using Clock = std::chrono::steady_clock;
+  const auto seconds_since = [](Clock::time_point start) { return std::chrono::duration<double>(Clock::now() - start).count(); };
+  const M& model = turns[0].session.model_;
+  const auto& state = *model.state_;
+  const LlamaConfig& config = model.decoder_config();
+  Arena& arena = turns[0].session.arena_;
+  Context<B> ctx{model.backend(), arena, &state.decoder.embed_tokens.weight.value};
+
+  // All memory that the answers need is taken before they begin; the context bounds it.
+  struct Stream {
+    FunctionRef<void(std::size_t, std::string_view)> on_text;
+    std::size_t index;
+    void operator()(std::string_view text) const { on_text(index, text); }
+  };
+  std::vector<Stream> streams;
+  for (std::size_t i = 0; i < turns.size(); ++i) streams.push_back({on_text, i});
+  std::deque<detail::Answer> answers;
+  for (std::size_t i = 0; i < turns.size(); ++i) {
+    BasicSession& s = turns[i].session;
+    if (!s.seeded_ || options.seed != 0) s.rng_ = Rng(options.seed);
+    s.seeded_ = true;
+    const std::int64_t room = s.cache_.capacity() - s.cache_.length() - (turns[i].tokens() - turns[i].kept);
+    std::span<const std::string_view> stop_strings;
+    if (turns[i].prompt.form == PromptForm::chat) stop_strings = model.template_of(turns[i].prompt).stop_strings;
+    answers.emplace_back(options, detail::AnswerContext{.vocab_size = config.vocab_size, .room = room,
+                                                        .tokenizer = state.files.tokenizer ? &*state.files.tokenizer : nullptr,
+                                                        .stop_tokens = state.files.stop_tokens, .stop_strings = stop_strings,
+                                                        .on_text = on_text ? FunctionRef<void(std::string_view)>(streams[i]) : options.on_text});
+    s.history_.reserve(s.history_.size() + static_cast<std::size_t>(turns[i].tokens() + std::min(options.max_new_tokens, room + 1)));
+    answers.back().result.timings.encode_seconds = turns[i].encode_seconds;
+    answers.back().result.timings.prefill_tokens = turns[i].tokens() - turns[i].kept;
   }
   auto start = Clock::now();
-  typename M::Embedded embedded = model_.embed_media(ctx, prompt, std::move(ids));
-  if (!M2LM_FAULT(31)) embedded.sequence.prepend(pending_);
-  result.timings.encode_seconds = seconds_since(start);
-  const std::span<const std::int32_t> sequence = embedded.sequence.ids;
-  const auto tokens = static_cast<std::int64_t>(sequence.size());
-  require<CapacityError>(cache_.length() + tokens <= cache_.capacity(), "m2lm: the prompt needs ", cache_.length() + tokens, " positions (", cache_.length(),
-                         " used, ", tokens, " new), the context holds ", cache_.capacity());
-
-  for (CrossInstance<S>& instance : embedded.cross_instances(cache_.length())) media_.push_back(std::move(instance));
-
-  // Prefill in pieces of fixed size; each result is the same as at once.
-  start = Clock::now();
-  constexpr std::int64_t piece = 512;
-  Tensor<S> last_hidden(Shape{1, config.hidden_size});
-  for (std::int64_t begin = 0; begin < tokens; begin += piece) {
-    const std::int64_t count = std::min(piece, tokens - begin);
-    const Arena::Scope scope(arena_);
-    const Matrix<S> h = arena_.template matrix<S>(count, config.hidden_size);
-    model_.embed(ctx, embedded, begin, h);
-    const SequenceRows<B> rows{&cache_, 0, count, media_};
-    state.decoder.forward(ctx, h, std::span<const SequenceRows<B>>(&rows, 1));
-    if (begin + count == tokens) std::copy_n(h.row(count - 1), config.hidden_size, last_hidden.data());
+  Tensor<S> hidden = prefill(turns);
+  const double prefill_seconds = seconds_since(start);
+  for (std::size_t i = 0; i < turns.size(); ++i) {
+    turns[i].session.pending_.reserve(1);
+    answers[i].result.timings.prefill_seconds = prefill_seconds;
   }
-  // All memory that the answer needs is taken before it begins; the context bounds it.
-  const std::int64_t most_tokens = std::min(options.max_new_tokens, cache_.capacity() - cache_.length() + 1);
-  history_.reserve(history_.size() + static_cast<std::size_t>(tokens + most_tokens));
-  history_.insert(history_.end(), sequence.begin(), sequence.end());
-  pending_.clear();
-  chatting_ = chatting_ || prompt.form == PromptForm::chat;
-  result.timings.prefill_seconds = seconds_since(start);
-  result.timings.prefill_tokens = tokens;
 
-  std::vector<std::int32_t> stop_tokens = options.stop_tokens;
-  if (!options.ignore_eos) stop_tokens.insert(stop_tokens.end(), state.files.stop_tokens.begin(), state.files.stop_tokens.end());
-  std::vector<std::string> stop = options.stop;
-  if (prompt.form == PromptForm::chat)
-    for (const std::string_view s : format.stop_strings) stop.emplace_back(s);
-  StopMatcher matcher(stop_tokens, stop);
-  std::optional<TokenStream> stream;
-  if (state.files.tokenizer) stream.emplace(*state.files.tokenizer);
-  const auto emit = [&](std::string_view text) {
-    if (text.empty()) return;
-    result.text += text;
-    if (options.on_text) options.on_text(text);
-  };
-  result.text.reserve(static_cast<std::size_t>(most_tokens) * 8);
-  result.tokens.reserve(static_cast<std::size_t>(most_tokens));
-  pending_.reserve(1);
-
-  Tensor<S> logits(Shape{1, config.vocab_size});
+  std::vector<std::size_t> active;  // turns whose answers go on; row r of `hidden` is of turn active[r]
+  for (std::size_t i = 0; i < turns.size(); ++i) active.push_back(i);
+  std::vector<SequenceRows<B>> rows;
+  rows.reserve(turns.size());
+  std::vector<std::int32_t> ids;
+  ids.reserve(turns.size());
+  Tensor<S> logits(Shape{static_cast<std::int64_t>(turns.size()), config.vocab_size});
   Tensor<float> processed(Shape{config.vocab_size});
+  const auto count = [&] { return static_cast<std::int64_t>(active.size()); };
+  // Those that have ended leave; the rows of `hidden` are written anew before the next step reads them.
+  const auto drop_ended = [&] { std::erase_if(active, [&](std::size_t i) -> bool { return answers[i].ended(); }); };
   start = Clock::now();
-  result.finish_reason = FinishReason::length;
-  while (static_cast<std::int64_t>(result.tokens.size()) < options.max_new_tokens) {
+  drop_ended();  // no token was asked for
+  for (bool first = true; !active.empty(); first = false) {
     if (options.cancel && options.cancel->load()) {
-      result.finish_reason = FinishReason::cancelled;
+      for (const std::size_t i : active) answers[i].end(FinishReason::cancelled);
       break;
     }
-    if (!pending_.empty()) {  // feed the token chosen last
-      require<CapacityError>(cache_.length() < cache_.capacity(), "m2lm: the answer needs ", cache_.length() + 1, " positions, the context holds ",
-                             cache_.capacity());
-      const Matrix<S> h = last_hidden.template view<2>();
-      state.decoder.embed_tokens.forward(ctx, pending_, h);
-      const SequenceRows<B> rows{&cache_, 0, 1, M2LM_FAULT(62) ? std::span<const CrossInstance<S>>() : media_};
-      state.decoder.forward(ctx, h, std::span<const SequenceRows<B>>(&rows, 1));
-      history_.push_back(pending_.front());
-      pending_.clear();
-      ++result.timings.decode_tokens;
-    }
-    const Arena::Scope scope(arena_);
-    const Matrix<S> normed = arena_.template matrix<S>(1, config.hidden_size);
-    state.decoder.norm.forward(ctx, last_hidden.template view<2>(), normed);
-    state.decoder.head.forward(ctx, normed, logits.template view<2>());
-    for (std::int64_t i = 0; i < config.vocab_size; ++i) processed.data()[i] = static_cast<float>(logits.data()[i]);
-    state.files.checkpoint.require_intact();  // embeddings are read from the file
-    std::int32_t token = 0;
-    try {
-      token = sampler.sample(processed.span(), history_, rng_);
-    } catch (const NumericError& error) {
-      throw NumericError(error.what() + model_.non_finite_weights());
-    }
-    result.tokens.push_back(token);
-    pending_.push_back(token);
-    if (matcher.is_stop_token(token)) {
-      result.finish_reason = FinishReason::stop_token;
-      break;
-    }
-    // A vocabulary may be padded, or leave ids out: those have no text.
-    if (stream && state.files.tokenizer->contains(token)) {
-      const std::string_view text = stream->push(token);
-      const StopMatcher::Output out = matcher.push(text);
-      emit(out.text);
-      if (out.stopped) {
-        result.finish_reason = FinishReason::stop_string;
-        break;
+    if (!first) {  // feed the tokens chosen last
+      rows.clear();
+      ids.clear();
+      for (const std::size_t i : active) {
+        BasicSession& s = turns[i].session;
+        require<CapacityError>(s.cache_.length() < s.cache_.capacity(), "m2lm: the answer needs ", s.cache_.length() + 1, " positions, the context holds ",
+                               s.cache_.capacity());
+        rows.push_back({&s.cache_, static_cast<std::int64_t>(rows.size()), 1, M2LM_FAULT(62) ? std::span<const CrossInstance<S>>() : s.cross_});
+        ids.push_back(s.pending_.front());
+      }
+      const Matrix<S> h = hidden.template view<2>().rows(0, count());
+      state.decoder.embed_tokens.forward(ctx, ids, h);
+      state.decoder.forward(ctx, h, rows);
+      for (const std::size_t i : active) {
+        BasicSession& s = turns[i].session;
+        s.history_.push_back(s.pending_.front());
+        s.pending_.clear();
+        ++answers[i].result.timings.decode_tokens;
       }
     }
+    const Arena::Scope scope(arena);
+    const Matrix<S> normed = arena.matrix<S>(count(), config.hidden_size);
+    state.decoder.norm.forward(ctx, hidden.template view<2>().rows(0, count()), normed);
+    state.decoder.head.forward(ctx, normed, logits.template view<2>().rows(0, count()));
+    state.files.checkpoint.require_intact();  // embeddings are read from the file
+    for (std::int64_t r = 0; r < count(); ++r) {
+      const std::size_t i = active[static_cast<std::size_t>(r)];
+      const S* row = logits.data() + r * config.vocab_size;
+      for (std::int64_t j = 0; j < config.vocab_size; ++j) processed.data()[j] = static_cast<float>(row[j]);
+      BasicSession& s = turns[i].session;
+      try {
+        s.pending_.push_back(answers[i].next(processed.span(), s.history_, s.rng_));
+      } catch (const NumericError& error) {
+        throw NumericError(error.what() + model.non_finite_weights());
+      }
+    }
+    drop_ended();
   }
-  if (stream && result.finish_reason != FinishReason::stop_string) {
-    const std::string_view rest = stream->finish();
-    const StopMatcher::Output out = matcher.push(rest);
-    emit(out.text);
-    emit(matcher.finish());
-    if (out.stopped) result.finish_reason = FinishReason::stop_string;
+  std::vector<Generation> out;
+  for (std::size_t i = 0; i < turns.size(); ++i) {
+    answers[i].result.timings.decode_seconds = seconds_since(start);
+    out.push_back(std::move(answers[i].result));
+    turns[i].restore.done = true;
   }
-  result.timings.decode_seconds = seconds_since(start);
-  restore.done = true;
-  return result;
+  return out;
+}
+
+template <class M>
+Generation BasicSession<M>::generate(const PromptType& prompt, const GenerateOptions& options) try {
+  std::deque<Turn> turns;
+  prepare(turns.emplace_back(*this, prompt), false);
+  return std::move(answer(turns, options).front());
 } catch (const std::bad_alloc&) {
   detail::throw_out_of_memory("an answer");
+}
+
+template <class M>
+Generation BasicSession<M>::complete(const PromptType& whole, const GenerateOptions& options) try {
+  std::deque<Turn> turns;
+  prepare(turns.emplace_back(*this, whole), true);
+  return std::move(answer(turns, options).front());
+} catch (const std::bad_alloc&) {
+  detail::throw_out_of_memory("an answer");
+}
+
+/// log P of each continuation behind the one prepared turn, which is computed once.
+template <class M>
+std::vector<Score> BasicSession<M>::score(std::deque<Turn>& turns, std::span<const std::vector<std::int32_t>> continuations) {
+  BasicSession& session = turns[0].session;
+  const M& model = session.model_;
+  const auto& state = *model.state_;
+  const LlamaConfig& config = model.decoder_config();
+  Arena& arena = session.arena_;
+  Context<B> ctx{model.backend(), arena, &state.decoder.embed_tokens.weight.value};
+  const Tensor<S> last = prefill(turns);
+
+  std::vector<Score> out(continuations.size());
+  Tensor<S> normed(Shape{1, config.hidden_size}), logits(Shape{1, config.vocab_size});
+  const auto add = [&](Score& score, Matrix<const S> hidden, std::int32_t token) {
+    state.decoder.norm.forward(ctx, hidden, normed.template view<2>());
+    state.decoder.head.forward(ctx, normed.template view<2>(), logits.template view<2>());
+    double largest = static_cast<double>(logits.data()[0]), sum = 0;
+    for (const S x : logits.span()) largest = std::max(largest, static_cast<double>(x));
+    for (const S x : logits.span()) sum += std::exp(static_cast<double>(x) - largest);
+    const double own = static_cast<double>(logits.data()[token]);
+    if (!(sum > 0) || !std::isfinite(sum)) throw NumericError("m2lm: the logits hold NaN or infinity" + model.non_finite_weights());
+    score.log_probability += own - largest - std::log(sum);
+    score.greedy = score.greedy && own == largest;
+    ++score.tokens;
+  };
+  for (std::size_t i = 0; i < continuations.size(); ++i) {
+    const std::vector<std::int32_t>& ids = continuations[i];
+    for (const std::int32_t id : ids)
+      require<InputError>(id >= 0 && id < config.vocab_size, "m2lm: token id ", id, " of continuation ", i, " is outside the vocabulary of ", config.vocab_size);
+    if (ids.empty()) continue;
+    add(out[i], last.template view<2>(), ids[0]);
+    const auto rest = static_cast<std::int64_t>(ids.size()) - 1;
+    if (rest == 0) continue;
+    KvCache<B> cache = session.cache_.fork(ctx, session.cache_.length() + rest);
+    const Arena::Scope scope(arena);
+    const Matrix<S> h = arena.matrix<S>(rest, config.hidden_size);
+    state.decoder.embed_tokens.forward(ctx, std::span<const std::int32_t>(ids).first(static_cast<std::size_t>(rest)), h);
+    const SequenceRows<B> rows{&cache, 0, rest, session.cross_};
+    state.decoder.forward(ctx, h, std::span<const SequenceRows<B>>(&rows, 1));
+    for (std::int64_t t = 0; t < rest; ++t) add(out[i], h.rows(t, t + 1), ids[static_cast<std::size_t>(t) + 1]);
+  }
+  return out;
 }
 
 }  // namespace m2lm

@@ -40,6 +40,7 @@ namespace ops {
 
 struct PlanKeyValues;
 struct AppendKeyValues;
+struct CopyKeyValues;
 struct Attention;
 struct AttentionBackward;
 
@@ -58,6 +59,16 @@ void append_key_values(Context<B>& ctx, Matrix<const ScalarOf<B>> k, Matrix<cons
   require<CapacityError>(first >= 0 && first + k.extent(0) <= kv.capacity, "m2lm::ops::append_key_values: positions ", first, " to ",
                          first + k.extent(0), " do not fit in ", kv.capacity);
   if (k.elements() != 0) Impl<AppendKeyValues, B>::run(ctx, k, v, first, kv);
+}
+
+/// Copies the keys and values of positions [0, count). requires equal heads, head_dim and format, and room for them.
+template <class B>
+void copy_key_values(Context<B>& ctx, const KeyValues& from, std::int64_t count, const KeyValues& to) {
+  require(from.kv_heads == to.kv_heads && from.head_dim == to.head_dim && from.format == to.format, "m2lm::ops::copy_key_values: ", from.kv_heads, " heads of ",
+          from.head_dim, " into ", to.kv_heads, " of ", to.head_dim);
+  require<CapacityError>(0 <= count && count <= from.capacity && count <= to.capacity, "m2lm::ops::copy_key_values: ", count, " positions of ", from.capacity,
+                         " into ", to.capacity);
+  if (count != 0) Impl<CopyKeyValues, B>::run(ctx, from, count, to);
 }
 
 /// y = softmax(scale · q·kᵀ + mask)·v per head, softmax in f32 or better. Query t stands at position first + t; keys

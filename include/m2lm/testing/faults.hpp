@@ -65,6 +65,7 @@ enum class Fault : std::uint8_t {
   sink_ignored = 60,
   delimiter_left_out = 61,
   media_forgotten_after_the_prompt = 62,
+  placeholders_taken_for_media = 63,
 };
 
 struct FaultNote {
@@ -127,6 +128,7 @@ inline constexpr auto fault_notes = std::to_array<FaultNote>({
     {Fault::sink_ignored, "backends", "a softmax with a zero logit is computed without it"},
     {Fault::delimiter_left_out, "models", "the token behind an instance is left out"},
     {Fault::media_forgotten_after_the_prompt, "models", "hooks of the decoder see no media while an answer is generated"},
+    {Fault::placeholders_taken_for_media, "models", "a session takes another picture for the one it holds"},
 });
 
 /// The note of fault `number`; null if there is no such fault.

@@ -53,6 +53,7 @@ namespace detail {
 PackedMatrix cpu_pack(const Cpu& cpu, std::span<const AnyTensor> sources, DType format, bool gated);
 void cpu_linear(const Cpu& cpu, Arena& arena, Matrix<const float> x, const PackedMatrix& w, const Epilogue<float>& epilogue, Matrix<float> y);
 void cpu_append_key_values(const Cpu& cpu, Matrix<const float> k, Matrix<const float> v, std::int64_t first, const KeyValues& kv);
+void cpu_copy_key_values(const KeyValues& from, std::int64_t count, const KeyValues& to);
 void cpu_attention(const Cpu& cpu, Arena& arena, Matrix<const float> q, const KeyValues& kv, std::int64_t keys, std::int64_t first,
                    AttentionMask mask, double scale, Matrix<float> y, Sinks sinks);
 KeyValuesPlan cpu_plan_key_values(DType format, std::int64_t kv_heads, std::int64_t head_dim, std::int64_t capacity);
@@ -118,6 +119,11 @@ struct Impl<AppendKeyValues, Cpu> {
   static void run(Context<Cpu>& ctx, Matrix<const float> k, Matrix<const float> v, std::int64_t first, const KeyValues& kv) {
     detail::cpu_append_key_values(ctx.backend, k, v, first, kv);
   }
+};
+
+template <>
+struct Impl<CopyKeyValues, Cpu> {
+  static void run(Context<Cpu>&, const KeyValues& from, std::int64_t count, const KeyValues& to) { detail::cpu_copy_key_values(from, count, to); }
 };
 
 template <>

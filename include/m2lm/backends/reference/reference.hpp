@@ -13,6 +13,7 @@
 #include <cmath>
 #include <numbers>
 #include <span>
+#include <utility>
 #include <vector>
 
 namespace m2lm {
@@ -180,6 +181,16 @@ struct Impl<AppendKeyValues, Reference<T>> {
           reinterpret_cast<T*>(kv.keys)[at] = k(t, h * kv.head_dim + c);
           reinterpret_cast<T*>(kv.values)[at] = v(t, h * kv.head_dim + c);
         }
+  }
+};
+
+template <class T>
+struct Impl<CopyKeyValues, Reference<T>> {
+  static void run(Context<Reference<T>>&, const KeyValues& from, std::int64_t count, const KeyValues& to) {
+    for (std::int64_t h = 0; h < from.kv_heads; ++h)
+      for (const auto& [source, target] : {std::pair(from.keys, to.keys), std::pair(from.values, to.values)})
+        std::copy_n(reinterpret_cast<const T*>(source) + h * from.capacity * from.head_dim, count * from.head_dim,
+                    reinterpret_cast<T*>(target) + h * to.capacity * to.head_dim);
   }
 };
 
