@@ -20,6 +20,13 @@ class Documents(unittest.TestCase):
         for block in blocks:
             self.assertIn(block.strip(), examples)
 
+    def test_code_of_training_is_in_its_example(self):
+        example = (ROOT / "examples" / "finetune.cpp").read_text()
+        blocks = re.findall(r"^```cpp\n(.*?)^```", (ROOT / "docs" / "training.md").read_text(), re.MULTILINE | re.DOTALL)
+        self.assertGreaterEqual(len(blocks), 4)
+        for block in blocks:
+            self.assertIn(block.strip(), example)
+
     def test_links(self):
         for document in DOCUMENTS:
             prose = re.sub(r"^```.*?^```", "", document.read_text(), flags=re.MULTILINE | re.DOTALL)
