@@ -14,9 +14,10 @@ DOCUMENTS = [ROOT / "README.md", *sorted((ROOT / "docs").rglob("*.md"))]
 
 class Documents(unittest.TestCase):
     def test_code_of_own_component_is_in_the_examples(self):
-        examples = "\n".join((ROOT / "examples" / name).read_text() for name in ("own_encoder.cpp", "own_projector.cpp"))
+        sources = [ROOT / "examples" / name for name in ("own_encoder.cpp", "own_projector.cpp")] + sorted((ROOT / "tests" / "seams").glob("*.hpp"))
+        examples = "\n".join(source.read_text() for source in sources)
         blocks = re.findall(r"^```cpp\n(.*?)^```", (ROOT / "docs" / "own_component.md").read_text(), re.MULTILINE | re.DOTALL)
-        self.assertGreaterEqual(len(blocks), 6)
+        self.assertGreaterEqual(len(blocks), 13)
         for block in blocks:
             self.assertIn(block.strip(), examples)
 
@@ -26,6 +27,12 @@ class Documents(unittest.TestCase):
         self.assertGreaterEqual(len(blocks), 4)
         for block in blocks:
             self.assertIn(block.strip(), example)
+
+    def test_models_of_the_seams_are_small(self):
+        models = sorted((ROOT / "tests" / "seams").glob("*.hpp"))
+        self.assertEqual(len(models), 5)
+        for model in models:
+            self.assertLessEqual(len(model.read_text().splitlines()), 60, model.name)
 
     def test_links(self):
         for document in DOCUMENTS:
