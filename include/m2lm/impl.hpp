@@ -21,6 +21,7 @@
 #include <m2lm/io/image_processor_impl.hpp>
 #include <m2lm/io/gguf_model_impl.hpp>
 #include <m2lm/models/answer_impl.hpp>
+#include <m2lm/models/adapter_impl.hpp>
 #include <m2lm/models/chat_template_impl.hpp>
 #include <m2lm/models/hf_config_impl.hpp>
 #include <m2lm/models/llava_native_impl.hpp>

@@ -17,6 +17,7 @@
 #include <m2lm/io/tokenizer.hpp>
 #include <m2lm/io/zip.hpp>
 #include <m2lm/models/answer.hpp>
+#include <m2lm/models/adapter.hpp>
 #include <m2lm/models/chat_template.hpp>
 #include <m2lm/models/generation.hpp>
 #include <m2lm/models/hf_config.hpp>

@@ -205,13 +205,73 @@ def make_native(out):
     return report
 
 
+# ------------------------------------------------------------------------------------------------- PEFT adapters
+def make_adapters(out):
+    from peft import LoraConfig, get_peft_model
+    from transformers import LlamaForCausalLM, LlavaForConditionalGeneration
+
+    d = out / "adapters"
+    shutil.rmtree(d, ignore_errors=True)
+    report = {}
+    plain = dict(lora_dropout=0.0, bias="none", task_type="CAUSAL_LM")
+    # name -> (class, base, peft's arguments, seed)
+    table = {
+        "attention": (LlamaForCausalLM, "llama/mha_plain", dict(r=4, lora_alpha=6, target_modules=["q_proj", "v_proj"], **plain), 81),
+        "all_rslora": (LlamaForCausalLM, "llama/mqa_llama3_hd10", dict(
+            r=3, lora_alpha=5, use_rslora=True, modules_to_save=["lm_head", "norm"], rank_pattern={"gate_proj": 2}, alpha_pattern={"layers.1.mlp.down_proj": 9},
+            target_modules=["q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj"], **plain), 82),
+        "llava": (LlavaForConditionalGeneration, "llava/old_keys_m2_default", dict(
+            r=2, lora_alpha=4, target_modules=["o_proj", "up_proj", "fc1", "linear_1"], **{**plain, "task_type": None}), 83),
+    }
+    for name, (Model, base, arguments, seed) in table.items():
+        model = Model.from_pretrained(out / base, dtype=torch.float32, attn_implementation="eager").eval()
+        model = get_peft_model(model, LoraConfig(**arguments))
+        gen = torch.Generator().manual_seed(seed)
+        with torch.no_grad():
+            for n, p in sorted(model.named_parameters()):
+                if p.requires_grad:
+                    # larger than a training leaves them: an adapter that is not applied must be seen
+                    p.copy_(p + torch.randn(p.shape, generator=gen) * (0.5 if "lora_" in n else 0.1))
+        a = d / name
+        a.mkdir(parents=True)
+        model.save_pretrained(a)
+        for extra in a.iterdir():
+            if extra.name not in ("adapter_config.json", "adapter_model.safetensors"):
+                extra.unlink()
+        config = json.loads((a / "adapter_config.json").read_text())
+        config["base_model_name_or_path"] = base
+        for key in ("target_modules", "modules_to_save"):
+            if isinstance(config.get(key), list):
+                config[key] = sorted(config[key])  # a set, written in any order
+        write_json(a / "adapter_config.json", config)
+        tensors = load_file(a / "adapter_model.safetensors")
+        (a / "adapter_model.safetensors").unlink()
+        save(a / "adapter_model.safetensors", tensors)
+        record = load_file(out / base / ("golden_2img.safetensors" if name == "llava" else "golden.safetensors"))
+        ids = record["input_ids"].long()
+        extra = dict(pixel_values=record["pixel_values"]) if name == "llava" else {}
+        with torch.no_grad():
+            logits = model(input_ids=ids[None], use_cache=False, **extra).logits[0]
+            if name == "llava":
+                inner = model.base_model.model.model
+                features = inner.multi_modal_projector(inner.vision_tower(extra["pixel_values"], output_hidden_states=True).hidden_states[-2][:, 1:])
+                golden = dict(logits=logits, features=features)
+            else:
+                golden = dict(logits=logits)
+        moved = float((logits - record["logits"]).abs().max() / record["logits"].abs().max())
+        assert moved > 0.05, (name, moved)
+        save(a / "golden.safetensors", golden)
+        report[name] = dict(tensors=len(tensors), moved=round(moved, 3), names=sorted(tensors)[:2])
+    return report
+
+
 # ------------------------------------------------------------------------------------------------- main
 def main():
     ap = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     ap.add_argument("--out", type=Path, default=HERE)
-    ap.add_argument("--only", default="pytorch,native")
+    ap.add_argument("--only", default="pytorch,native,adapters")
     args = ap.parse_args()
-    steps = dict(pytorch=make_pytorch, native=make_native)
+    steps = dict(pytorch=make_pytorch, native=make_native, adapters=make_adapters)
     for name in args.only.split(","):
         print(name, json.dumps(steps[name](args.out)), flush=True)
 

@@ -4,6 +4,7 @@
 
 #include <m2lm/core/tensor.hpp>
 
+#include <memory>
 #include <string>
 #include <string_view>
 #include <type_traits>
@@ -11,10 +12,18 @@
 
 namespace m2lm {
 
+/// An update of a weight [outputs, inputs] that is kept apart from it: weight + scale·b·a. source: LoRA (arXiv 2106.09685).
+struct LowRankUpdate {
+  AnyTensor a;  ///< [rank, inputs]
+  AnyTensor b;  ///< [outputs, rank]
+  double scale = 1.0;
+};
+
 /// A named tensor of a model: the shape its config asks for, and the value a checkpoint gave.
 struct Parameter {
   Shape shape;
   AnyTensor value;
+  std::shared_ptr<const LowRankUpdate> update;  ///< null, except of a matrix with an adapter beside it
 
   Parameter() = default;
   explicit Parameter(Shape expected) : shape(expected) {}

@@ -29,9 +29,9 @@ class GatedMlp {
     visit("up_proj", self.up_proj);
     visit("down_proj", self.down_proj);
   }
-  /// In a training context the gate is packed beside `up`, not interleaved with it: its product is needed for the gradient.
+  /// In a training context, or with an adapter, the gate is packed beside `up`, not interleaved with it: its product is needed.
   void prepare(Context<B>& ctx, DType format) {
-    gate_up_.fuse(ctx, format, {&gate_proj, &up_proj}, ctx.tape == nullptr);
+    gate_up_.fuse(ctx, format, {&gate_proj, &up_proj}, ctx.tape == nullptr && !gate_proj.weight.update && !up_proj.weight.update);
     down_proj.prepare(ctx, format);
   }
 

@@ -3,6 +3,7 @@
 #pragma once
 
 #include <m2lm/core/gradients.hpp>
+#include <m2lm/ops/activation.hpp>
 #include <m2lm/ops/linear.hpp>
 
 #include <initializer_list>
@@ -15,8 +16,14 @@ namespace m2lm {
 template <class B>
 class Linear {
   using S = ScalarOf<B>;
+  /// A low-rank update of some of the outputs.
+  struct Update {
+    std::int64_t begin = 0;
+    PackedMatrix a, b;  // b with the scale in it
+  };
   PackedMatrix packed_;
   Tensor<S> bias_values_;
+  std::vector<Update> updates_;
 
  public:
   Parameter weight, bias;
@@ -51,6 +58,8 @@ class Linear {
       any_bias = any_bias || part->has_bias();
     }
     packed_ = ops::pack(ctx, std::span<const AnyTensor>(weights), format, gated);
+    pack_updates(ctx, parts);
+    require(updates_.empty() || !gated, "m2lm::Linear: a gated product has no place for an adapter's update");
     if (!any_bias) return;
     bias_values_ = Tensor<S>(Shape{rows});
     std::int64_t row = 0;
@@ -62,6 +71,7 @@ class Linear {
 
   /// y = act(x·wᵀ + bias) + residual. requires prepare or fuse; shapes as ops::linear.
   void forward(Context<B>& ctx, Matrix<const S> x, Matrix<S> y, Activation activation = Activation::none, Matrix<const S> residual = {}) const {
+    if (!updates_.empty()) return forward_updated(ctx, x, y, activation, residual);
     ops::linear(ctx, x, packed_, Epilogue<S>{.bias = bias_values_.data(), .activation = activation, .residual = residual}, y);
   }
 
@@ -82,7 +92,10 @@ class Linear {
     if (dx.data()) input_gradient(ctx, dy, dx);
   }
   /// The two halves of backward.
-  void input_gradient(Context<B>& ctx, Matrix<const S> dy, Matrix<S> dx) const { ops::linear_input_gradient(ctx, dy, packed_, dx); }
+  void input_gradient(Context<B>& ctx, Matrix<const S> dy, Matrix<S> dx) const {
+    require(updates_.empty(), "m2lm::Linear: an adapter beside the weights has no gradient yet; load it merged");
+    ops::linear_input_gradient(ctx, dy, packed_, dx);
+  }
   void parameter_gradients(Context<B>& ctx, Matrix<const S> x, Matrix<const S> dy, Gradients<S>& gradients) const {
     parameter_gradients(ctx, x, dy, gradients.find(weight), has_bias() ? gradients.find(bias) : nullptr);
   }
@@ -99,6 +112,37 @@ class Linear {
   /// Into tensors of the caller's, null where a gradient is not wanted (a weight that belongs to somebody else: tied heads).
   static void parameter_gradients(Context<B>& ctx, Matrix<const S> x, Matrix<const S> dy, Tensor<S>* dw, Tensor<S>* db) {
     if (dw || db) ops::linear_weight_gradient(ctx, x, dy, dw ? gradient_matrix(*dw) : Matrix<S>{}, db ? db->template view<1>() : Vector<S>{});
+  }
+
+ private:
+  void pack_updates(Context<B>& ctx, std::initializer_list<const Linear*> parts) {
+    updates_.clear();
+    std::int64_t row = 0;
+    for (const Linear* part : parts) {
+      if (const LowRankUpdate* u = part->weight.update.get()) {
+        Tensor<double> scaled = u->b.template to<double>();
+        for (double& x : scaled.span()) x *= u->scale;
+        const AnyTensor a = u->a, b(std::move(scaled));
+        updates_.push_back({row, ops::pack(ctx, std::span<const AnyTensor>(&a, 1), DType::f32), ops::pack(ctx, std::span<const AnyTensor>(&b, 1), DType::f32)});
+      }
+      row += part->outputs();
+    }
+  }
+  void forward_updated(Context<B>& ctx, Matrix<const S> x, Matrix<S> y, Activation activation, Matrix<const S> residual) const {
+    const Arena::Scope scope(ctx.arena);
+    const bool direct = activation == Activation::none;
+    const Matrix<S> z = direct ? y : ctx.arena.template matrix<S>(y.extent(0), y.extent(1));
+    ops::linear(ctx, x, packed_, Epilogue<S>{.bias = bias_values_.data(), .activation = Activation::none, .residual = direct ? residual : Matrix<const S>{}}, z);
+    for (const Update& u : updates_) {
+      const Matrix<S> low = ctx.arena.template matrix<S>(x.extent(0), u.a.rows);
+      const Matrix<S> part = z.columns(u.begin, u.begin + u.b.rows);
+      ops::linear(ctx, x, u.a, Epilogue<S>{}, low);
+      ops::linear(ctx, Matrix<const S>(low), u.b, Epilogue<S>{.bias = nullptr, .activation = Activation::none, .residual = part}, part);
+    }
+    if (direct) return;
+    ops::activation_forward(ctx, Matrix<const S>(z), activation, z);
+    for (std::int64_t i = 0; i < y.extent(0); ++i)
+      for (std::int64_t j = 0; j < y.extent(1); ++j) y(i, j) = residual.data() ? z(i, j) + residual(i, j) : z(i, j);
   }
 };
 

@@ -5,6 +5,7 @@
 #include <m2lm/io/checkpoint.hpp>
 #include <m2lm/io/tokenizer.hpp>
 #include <m2lm/layers/kv_cache.hpp>
+#include <m2lm/models/adapter.hpp>
 #include <m2lm/models/chat_template.hpp>
 #include <m2lm/models/generation.hpp>
 #include <m2lm/models/hf_config.hpp>
@@ -39,6 +40,8 @@ struct LoadOptions {
   CheckpointLimits limits = {};                                ///< of config.json and the tensors' files
   std::size_t media_cache_bytes = std::size_t{128} << 20;      ///< encoded media that are kept, by content; 0 = none
   std::size_t memory_limit = 0;                                ///< bytes the packed model may take; 0 = what the system has free
+  std::string_view adapter = {};                               ///< directory of a PEFT adapter (LoRA) for this checkpoint
+  AdapterMode adapter_mode = AdapterMode::merge;
   std::string_view vision_tower = {};                          ///< of LLaVA's own layout: the tower's directory, or the one that it is in
   std::string_view tokenizer_directory = {};                   ///< of from_config: where the tokenizer and preprocessor files are, if any
 };
@@ -321,6 +324,8 @@ Model<B, P, D, C...> Model<B, P, D, C...>::load(detail::ModelFiles files, B back
   if (!options.allow_unexpected && !state.report.unexpected.empty())
     throw CheckpointError(concat("m2lm: the checkpoint in ", directory, " holds tensors that the model does not know:", state.report.string()));
 
+  if (!options.adapter.empty())
+    needed += detail::apply_adapter(parameters, options.adapter, options.adapter_mode, hugging_face_names, options.limits);
   if (options.check) {
     const std::string bad = detail::non_finite_values(parameters, state.files.checkpoint);
     require<CheckpointError>(bad.empty(), "m2lm: the checkpoint in ", directory, " holds weights that are not finite:", bad);

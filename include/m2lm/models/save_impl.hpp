@@ -92,6 +92,8 @@ M2LM_IMPL void save_model(std::string_view directory, const SaveSource& source, 
                        dtype_name(dtype), " is not one of f32, f16, bf16, or inherit");
   require<OptionError>(options.max_shard_bytes > 0, "m2lm::Model::save_pretrained: max_shard_bytes = 0");
 
+  for (const NamedParameter& p : source.parameters)
+    require<OptionError>(!p.parameter->update, "m2lm::Model::save_pretrained: ", p.name, " has an adapter beside it, which is not saved; load the adapter merged");
   // Every tensor of the checkpoint under its own name: the model's parameters as they are now, the others as they were (encoder blocks
   // behind the chosen layer). So the directory is as complete as the one that was loaded.
   std::vector<std::string> stored;
