@@ -1,172 +1,21 @@
 // The gradient of every layer against exact derivatives of its forward pass (dual numbers), at random shapes.
-#include <m2lm/layers/attention.hpp>
-#include <m2lm/layers/embedding.hpp>
-#include <m2lm/layers/ffn.hpp>
-#include <m2lm/layers/norm.hpp>
-#include <m2lm/testing/gradient_check.hpp>
-
 #include <doctest/doctest.h>
 
-#include <algorithm>
 #include <string>
 #include <vector>
 
+#include "gradients_support.hpp"
+
 namespace {
 
-using namespace m2lm;
-using m2lm::testing::gradient_check;
-using m2lm::testing::GradientReport;
+using namespace gradients;
 
 /// A size that is small most of the time.
 std::int64_t size(Rng& rng, std::int64_t largest) { return 1 + static_cast<std::int64_t>(rng.next() % static_cast<std::uint64_t>(largest)); }
 bool coin(Rng& rng) { return rng.next() % 2 == 0; }
 
-#define CHECK_GRADIENT(report, ...)                                                   \
-  do {                                                                                \
-    const GradientReport r = (report);                                                \
-    CHECK_MESSAGE(r.passed, r.string(), " with ", concat(__VA_ARGS__));               \
-    CHECK(r.comparisons > 0);                                                         \
-  } while (false)
-
 constexpr Activation activations[] = {Activation::none, Activation::relu,      Activation::silu,
                                       Activation::gelu, Activation::gelu_tanh, Activation::quick_gelu};
-
-/// y = layer(x), for layers that add to what is there.
-template <class Layer, class B>
-struct Added {
-  using S = ScalarOf<B>;
-  using Saved = typename Layer::Saved;
-  Layer layer;
-  template <class V, class Self>
-  static void fields(V&& visit, Self& self) {
-    visit("", self.layer);
-  }
-  void prepare(Context<B>& ctx, DType format) { layer.prepare(ctx, format); }
-  void forward(Context<B>& ctx, Matrix<const S> x, Matrix<S> y, Saved* saved) const {
-    std::fill_n(y.data(), y.elements(), S(0));
-    layer.forward(ctx, x, y, saved);
-  }
-  void backward(Context<B>& ctx, Matrix<const S> dy, const Saved& saved, Gradients<S>& gradients, Matrix<S> dx) const {
-    layer.backward(ctx, dy, saved, gradients, dx);
-  }
-};
-
-template <class B>
-struct Lookup {
-  using S = ScalarOf<B>;
-  struct Saved {};
-  Embedding<B> embedding;
-  std::vector<std::int32_t> ids;
-  template <class V, class Self>
-  static void fields(V&& visit, Self& self) {
-    visit("", self.embedding);
-  }
-  void forward(Context<B>& ctx, Matrix<const S>, Matrix<S> y, Saved*) const { embedding.forward(ctx, ids, y); }
-  void backward(Context<B>& ctx, Matrix<const S> dy, const Saved&, Gradients<S>& gradients, Matrix<S>) const { embedding.backward(ctx, ids, dy, gradients); }
-};
-
-/// Angles of positions 0, 1, … of each sequence.
-template <class S>
-struct Angles {
-  Tensor<S> cos, sin;
-  Angles(std::int64_t rows, std::int64_t head_dim) : cos(Shape{rows, head_dim / 2}), sin(cos.shape()) {
-    const std::vector<float> frequencies = rope_frequencies({}, head_dim);
-    rope_angles<S>(frequencies, 3, cos.template view<2>(), sin.template view<2>());
-  }
-};
-
-template <class B>
-struct Rotation {
-  using S = ScalarOf<B>;
-  struct Saved {};
-  std::int64_t head_dim;
-  Angles<S> angles;
-  template <class V, class Self>
-  static void fields(V&&, Self&) {}
-  void forward(Context<B>& ctx, Matrix<const S> x, Matrix<S> y, Saved*) const {
-    copy_rows(x, y);
-    ops::rope(ctx, y, head_dim, angles.cos.template view<2>(), angles.sin.template view<2>());
-  }
-  void backward(Context<B>& ctx, Matrix<const S> dy, const Saved&, Gradients<S>&, Matrix<S> dx) const {
-    if (!dx.data()) return;
-    copy_rows(dy, dx);
-    ops::rope_backward(ctx, dx, head_dim, angles.cos.template view<2>(), angles.sin.template view<2>());
-  }
-};
-
-/// Causal attention over sequences one below another.
-template <class B>
-struct Causal {
-  using S = ScalarOf<B>;
-  using Saved = typename CausalAttention<B>::Saved;
-  CausalAttention<B> attention;
-  std::vector<SequenceRows<B>> sequences;
-  Angles<S> angles;
-  Causal(const AttentionConfig& config, const std::vector<std::int64_t>& lengths, std::int64_t rows) : attention(config), angles(rows, config.head_dim) {
-    std::int64_t begin = 0;
-    for (const std::int64_t n : lengths) {
-      sequences.push_back({nullptr, begin, n});
-      begin += n;
-    }
-  }
-  template <class V, class Self>
-  static void fields(V&& visit, Self& self) {
-    visit("", self.attention);
-  }
-  void prepare(Context<B>& ctx, DType format) { attention.prepare(ctx, format); }
-  void forward(Context<B>& ctx, Matrix<const S> x, Matrix<S> y, Saved* saved) const {
-    std::fill_n(y.data(), y.elements(), S(0));
-    attention.forward(ctx, 0, x, sequences, angles.cos.template view<2>(), angles.sin.template view<2>(), y, saved);
-  }
-  void backward(Context<B>& ctx, Matrix<const S> dy, const Saved& saved, Gradients<S>& gradients, Matrix<S> dx) const {
-    attention.backward(ctx, dy, saved, gradients, dx);
-  }
-};
-
-template <class B>
-struct Full {
-  using S = ScalarOf<B>;
-  using Saved = typename FullAttention<B>::Saved;
-  FullAttention<B> attention;
-  template <class V, class Self>
-  static void fields(V&& visit, Self& self) {
-    visit("", self.attention);
-  }
-  void prepare(Context<B>& ctx, DType format) { attention.prepare(ctx, format); }
-  void forward(Context<B>& ctx, Matrix<const S> x, Matrix<S> y, Saved* saved) const {
-    std::fill_n(y.data(), y.elements(), S(0));
-    attention.forward(ctx, DType::f64, x, y, saved);
-  }
-  void backward(Context<B>& ctx, Matrix<const S> dy, const Saved& saved, Gradients<S>& gradients, Matrix<S> dx) const {
-    attention.backward(ctx, dy, saved, gradients, dx);
-  }
-};
-
-/// y = scale · Σ losses.
-template <class B>
-struct MeanLoss {
-  using S = ScalarOf<B>;
-  struct Saved {
-    Matrix<S> dlogits;
-  };
-  std::vector<std::int32_t> targets;
-  double scale;
-  template <class V, class Self>
-  static void fields(V&&, Self&) {}
-  void forward(Context<B>& ctx, Matrix<const S> x, Matrix<S> y, Saved* saved) const {
-    const Arena::Scope scope(ctx.arena);
-    const Vector<S> losses(ctx.arena.template take<S>(x.extent(0)), {x.extent(0)});
-    const Matrix<S> dlogits = saved ? ctx.storage(true).template matrix<S>(x.extent(0), x.extent(1)) : Matrix<S>{};
-    ops::cross_entropy(ctx, x, targets, scale, losses, dlogits);
-    y(0, 0) = S(0);
-    for (std::int64_t i = 0; i < losses.extent(0); ++i) y(0, 0) += S(scale) * losses(i);
-    if (saved) saved->dlogits = dlogits;
-  }
-  void backward(Context<B>&, Matrix<const S> dy, const Saved& saved, Gradients<S>&, Matrix<S> dx) const {
-    for (std::int64_t i = 0; i < dx.extent(0); ++i)
-      for (std::int64_t j = 0; j < dx.extent(1); ++j) dx(i, j) = dy(0, 0) * saved.dlogits(i, j);
-  }
-};
 
 AttentionConfig random_attention(Rng& rng, bool grouped) {
   AttentionConfig c;

@@ -1,4 +1,4 @@
-// gradient_check: a module's backward pass against exact derivatives of its forward pass.
+// gradient_check: a module's backward pass against exact derivatives of its forward pass, and one backend against another.
 // Floor: testing. May include: config, core, ops, backends, layers, parts, io, sampling, models, train.
 #pragma once
 
@@ -32,11 +32,11 @@ struct GradientReport {
   std::int64_t comparisons = 0;
   std::string worst_tensor;  ///< "input", a parameter's name, or what else went wrong
   double error = 0, bound = 0;
-  double expected = 0, got = 0;  ///< of the worst: derivative of the forward pass, and what backward says
+  double expected = 0, got = 0;  ///< of the worst: the derivative, and what backward gives
 
   std::string string() const {
     char numbers[200];
-    std::snprintf(numbers, sizeof numbers, ": the forward pass says %.17g, backward %.17g (error %.3g, bound %.3g; %lld comparisons)", expected, got, error,
+    std::snprintf(numbers, sizeof numbers, ": %.17g expected, backward gives %.17g (error %.3g, bound %.3g; %lld comparisons)", expected, got, error,
                   bound, static_cast<long long>(comparisons));
     return (passed ? "gradients agree, worst " : "gradients differ at ") + worst_tensor + numbers;
   }
@@ -45,25 +45,64 @@ struct GradientReport {
 namespace detail {
 
 /// A module on one backend with what it needs to run.
-template <class T, class Make>
+template <class B, class Make>
 struct Differentiated {
-  using B = Reference<T>;
+  using S = ScalarOf<B>;
   using Module = decltype(std::declval<const Make&>().template operator()<B>());
   B backend;
   Arena arena, tape;
   Context<B> ctx{backend, arena};
   Module module;
+  typename Module::Saved saved{};
 
-  explicit Differentiated(const Make& make) : module(make.template operator()<B>()) {}
-  void prepare() {
-    if constexpr (requires { module.prepare(ctx, DType::native); })
-      module.prepare(ctx, DType::native);
+  explicit Differentiated(const Make& make, B b = {}) : backend(std::move(b)), module(make.template operator()<B>()) {}
+  void prepare(DType format) {
+    if constexpr (requires { module.prepare(ctx, format); })
+      module.prepare(ctx, format);
     else if constexpr (requires { module.prepare(ctx); })
       module.prepare(ctx);
+  }
+  /// y, dx unless it is empty, and gradients, which start at 1: a backward pass adds.
+  void run(const Tensor<S>& x, const Tensor<S>& dy, Tensor<S>& y, Gradients<S>& gradients, Matrix<S> dx) {
+    const Arena::Scope scope(tape);
+    module.forward(ctx, x.template view<2>(), y.template view<2>(), &saved);
+    for (auto& e : gradients.entries()) std::fill_n(e.value.data(), e.value.elements(), S(1));
+    module.backward(ctx, dy.template view<2>(), saved, gradients, dx);
   }
 };
 
 inline double symmetric(Rng& rng) { return std::sqrt(12.0) * (rng.uniform() - 0.5); }  // mean 0, variance 1
+
+/// Random values of a parameter, such that a product keeps the size of its input.
+template <class S>
+Tensor<S> random_values(const Shape& shape, Rng& rng) {
+  Tensor<S> t(shape);
+  const double inputs = shape.rank() < 2 || shape[0] == 0 ? 1.0 : static_cast<double>(t.elements() / shape[0]);
+  for (S& v : t.span()) v = static_cast<S>(symmetric(rng) / std::sqrt(std::max(inputs, 1.0)));
+  return t;
+}
+
+/// Keeps the worst of many comparisons.
+class Comparisons {
+  GradientReport report_;
+  double worst_ = -1;
+
+ public:
+  void add(const std::string& tensor, double expected, double got, double bound) {
+    ++report_.comparisons;
+    const double error = std::abs(expected - got);
+    const double ratio = error == 0 ? 0 : bound > 0 && std::isfinite(error) ? error / bound : std::numeric_limits<double>::infinity();
+    report_.passed = report_.passed && ratio <= 1;
+    if (ratio <= worst_) return;
+    worst_ = ratio;
+    report_.worst_tensor = tensor;
+    report_.error = error;
+    report_.bound = bound;
+    report_.expected = expected;
+    report_.got = got;
+  }
+  const GradientReport& report() const { return report_; }
+};
 
 }  // namespace detail
 
@@ -84,24 +123,11 @@ template <class Make>
 GradientReport gradient_check(const Make& make, Shape input, Shape output, const GradientCheckOptions& options = {}) {
   require(input.rank() == 2 && output.rank() == 2, "m2lm::testing::gradient_check: inputs and outputs are matrices, not ", input.string(), " and ",
           output.string());
-  using Plain = detail::Differentiated<double, Make>;
-  using Exact = detail::Differentiated<Dual<double>, Make>;
+  using Plain = detail::Differentiated<Reference<double>, Make>;
+  using Exact = detail::Differentiated<Reference<Dual<double>>, Make>;
   Rng rng(options.seed);
-  GradientReport report;
-  double worst = -1;
-  const auto compare = [&](const std::string& tensor, double expected, double got, double bound) {
-    ++report.comparisons;
-    const double error = std::abs(expected - got);
-    const double ratio = error == 0 ? 0 : bound > 0 && std::isfinite(error) ? error / bound : std::numeric_limits<double>::infinity();
-    report.passed = report.passed && ratio <= 1;
-    if (ratio <= worst) return;
-    worst = ratio;
-    report.worst_tensor = tensor;
-    report.error = error;
-    report.bound = bound;
-    report.expected = expected;
-    report.got = got;
-  };
+  detail::Comparisons comparisons;
+  const auto compare = [&](const std::string& tensor, double expected, double got, double bound) { comparisons.add(tensor, expected, got, bound); };
 
   // Values: parameters shared by both modules, an input, a gradient of the output.
   Plain plain(make);
@@ -111,28 +137,19 @@ GradientReport gradient_check(const Make& make, Shape input, Shape output, const
   std::int64_t everything = input.elements() + output.elements();
   for_each_parameter(
       [&](std::string_view name, Parameter& p) {
-        Tensor<double> t(p.shape);
-        const double inputs = p.shape.rank() < 2 || p.shape[0] == 0 ? 1.0 : static_cast<double>(t.elements() / p.shape[0]);
-        for (double& v : t.span()) v = detail::symmetric(rng) / std::sqrt(std::max(inputs, 1.0));
+        Tensor<double> t = detail::random_values<double>(p.shape, rng);
         p.value = AnyTensor(t.clone());
         names.emplace_back(name);
         everything += t.elements();
         values.push_back(std::move(t));
       },
       plain.module);
-  plain.prepare();
+  plain.prepare(DType::native);
   Tensor<double> x(input), y(output), dy(output), dx(input);
   for (double& v : x.span()) v = options.input_scale * detail::symmetric(rng);
   for (double& v : dy.span()) v = detail::symmetric(rng);
 
-  // Gradients. They start at 1: a backward pass adds.
-  typename Plain::Module::Saved saved{};
-  const auto run = [&](Gradients<double>& gradients, Matrix<double> wanted) {
-    const Arena::Scope scope(plain.tape);
-    plain.module.forward(plain.ctx, Matrix<const double>(x.view<2>()), y.view<2>(), &saved);
-    for (auto& e : gradients.entries()) std::fill_n(e.value.data(), e.value.elements(), 1.0);
-    plain.module.backward(plain.ctx, Matrix<const double>(dy.view<2>()), saved, gradients, wanted);
-  };
+  const auto run = [&](Gradients<double>& gradients, Matrix<double> wanted) { plain.run(x, dy, y, gradients, wanted); };
   const bool has_input = input.elements() > 0;
   Gradients<double> gradients(plain.module);
   for (double& v : dx.span()) v = 7;
@@ -185,7 +202,7 @@ GradientReport gradient_check(const Make& make, Shape input, Shape output, const
           ++index;
         },
         exact.module);
-    exact.prepare();
+    exact.prepare(DType::native);
     const Tensor<D> in = with_tangent(x, which == names.size());
     Tensor<D> out(output);
     exact.module.forward(exact.ctx, in.template view<2>(), out.template view<2>(), nullptr);
@@ -224,7 +241,61 @@ GradientReport gradient_check(const Make& make, Shape input, Shape output, const
       direction[at] = 0;
     }
   }
-  return report;
+  return comparisons.report();
+}
+
+/// Compares `backward` on another backend with that on Reference<double>, which gradient_check has judged: `make` and the module as
+/// there, on B and on Reference<double>; weights are packed in `format`. All values are random, of B's scalar. An element may differ by
+/// `tolerance` times the largest gradient of the module (network_tolerance says what rounding explains).
+template <class B, class Make>
+GradientReport compare_gradients(B backend, const Make& make, Shape input, Shape output, double tolerance, DType format = DType::f32,
+                                 const GradientCheckOptions& options = {}) {
+  using S = ScalarOf<B>;
+  detail::Differentiated<B, Make> tested(make, std::move(backend));
+  detail::Differentiated<Reference<double>, Make> judge(make);
+  tested.ctx.tape = &tested.tape;
+  judge.ctx.tape = &judge.tape;
+  Rng rng(options.seed);
+  std::vector<AnyTensor> values;
+  for_each_parameter(
+      [&](std::string_view, Parameter& p) {
+        p.value = AnyTensor(detail::random_values<S>(p.shape, rng));
+        values.push_back(p.value);
+      },
+      tested.module);
+  std::size_t index = 0;
+  for_each_parameter([&](std::string_view, Parameter& p) { p.value = values[index++]; }, judge.module);
+  tested.prepare(format);
+  judge.prepare(DType::native);
+  Tensor<S> x(input), y(output), dy(output), dx(input);
+  for (S& v : x.span()) v = static_cast<S>(options.input_scale * detail::symmetric(rng));
+  for (S& v : dy.span()) v = static_cast<S>(detail::symmetric(rng));
+  const auto exact = [](const Tensor<S>& t) {
+    Tensor<double> out(t.shape());
+    std::copy_n(t.data(), t.elements(), out.data());
+    return out;
+  };
+  Tensor<double> judged_y(output), judged_dx(input);
+  Gradients<S> gradients(tested.module);
+  Gradients<double> judged(judge.module);
+  const bool has_input = input.elements() > 0;
+  tested.run(x, dy, y, gradients, has_input ? dx.template view<2>() : Matrix<S>{});
+  judge.run(exact(x), exact(dy), judged_y, judged, has_input ? judged_dx.view<2>() : Matrix<double>{});
+
+  double largest = 1, largest_output = 1;  // gradients started at 1
+  for (const auto& e : judged.entries())
+    for (const double v : e.value.span()) largest = std::max(largest, std::abs(v));
+  for (const double v : judged_dx.span()) largest = std::max(largest, std::abs(v));
+  for (const double v : judged_y.span()) largest_output = std::max(largest_output, std::abs(v));
+  detail::Comparisons comparisons;
+  const auto compare = [&](const std::string& name, const Tensor<double>& expected, const Tensor<S>& got, double size) {
+    for (std::int64_t i = 0; i < expected.elements(); ++i)
+      comparisons.add(concat(name, "[", i, "]"), expected.data()[i], static_cast<double>(got.data()[i]), tolerance * size);
+  };
+  compare("output", judged_y, y, largest_output);
+  compare("input", judged_dx, dx, largest);
+  for (std::size_t i = 0; i < judged.entries().size(); ++i) compare(judged.entries()[i].name, judged.entries()[i].value, gradients.entries()[i].value, largest);
+  return comparisons.report();
 }
 
 }  // namespace m2lm::testing
