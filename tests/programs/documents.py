@@ -21,12 +21,13 @@ class Documents(unittest.TestCase):
         for block in blocks:
             self.assertIn(block.strip(), examples)
 
-    def test_code_of_training_is_in_its_example(self):
-        example = (ROOT / "examples" / "finetune.cpp").read_text()
-        blocks = re.findall(r"^```cpp\n(.*?)^```", (ROOT / "docs" / "training.md").read_text(), re.MULTILINE | re.DOTALL)
-        self.assertGreaterEqual(len(blocks), 4)
-        for block in blocks:
-            self.assertIn(block.strip(), example)
+    def test_code_is_in_its_example(self):
+        for document, example, least in (("training.md", "finetune.cpp", 4), ("answers.md", "answers.cpp", 4)):
+            code = (ROOT / "examples" / example).read_text()
+            blocks = re.findall(r"^```cpp\n(.*?)^```", (ROOT / "docs" / document).read_text(), re.MULTILINE | re.DOTALL)
+            self.assertGreaterEqual(len(blocks), least, document)
+            for block in blocks:
+                self.assertIn(block.strip(), code)
 
     def test_models_of_the_seams_are_small(self):
         models = sorted((ROOT / "tests" / "seams").glob("*.hpp"))
