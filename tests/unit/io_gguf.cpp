@@ -213,6 +213,9 @@ TEST_CASE("damage is named, with both sides of the contradiction") {
   Writer two;
   two.header(2, 0).tensor("t", {1}, 0, 0).tensor("t", {1}, 0, 32).align().data(64);
   CHECK(has(refusal(two), "tensor \"t\": is there twice"));
+  Writer none;  // no elements at all, but extents whose product cannot be counted
+  none.header(1, 0).tensor("t", {0, std::uint64_t{1} << 62U, std::uint64_t{1} << 62U}, 0, 0).align();
+  CHECK(has(refusal(none), "more elements than can be counted"));
   Writer truth;
   truth.header(0, 1).key("k", 7).put('\2');
   CHECK(has(refusal(truth), "0 or 1"));

@@ -125,6 +125,34 @@ TEST_CASE("stories15M in Q4_0 tells llama.cpp's story, up to the token where its
   CHECK(characters > 380);
 }
 
+TEST_CASE("saved, a GGUF model is a Hugging Face directory with the same names and bits") {
+  const TemporaryDirectory directory;
+  const Vlm model = Vlm::from_pretrained(golden("gguf/llava"));
+  model.save_pretrained(directory / "saved");
+  const Vlm again = Vlm::from_pretrained(directory / "saved");
+  const auto ask = [&](const Vlm& m) {
+    auto prompt = m.prompt(ids_of(Safetensors::open(golden("llava/with_tokenizer/golden.safetensors")).tensor("input_ids")));
+    prompt.attach<"image">(m2lm::load_image(golden("llava/with_tokenizer/picture.png")));
+    return prompt;
+  };
+  M2LM_CHECK_CLOSE(again.logits(ask(again)), model.logits(ask(model)), 1e-5, "saved");  // CLIP's own mean and deviation, not in f32
+  auto saved = m2lm::Checkpoint::open(directory / "saved").names(), original = m2lm::Checkpoint::open(golden("llava/with_tokenizer")).names();
+  std::sort(saved.begin(), saved.end());
+  std::sort(original.begin(), original.end());
+  CHECK(saved == original);
+  for (const std::string& name : original) {
+    const m2lm::Checkpoint a = m2lm::Checkpoint::open(directory / "saved"), b = m2lm::Checkpoint::open(golden("llava/with_tokenizer"));
+    const AnyTensor *x = a.find(name), *y = b.find(name);
+    REQUIRE((x != nullptr && y != nullptr));
+    CHECK_MESSAGE((x->shape() == y->shape() && std::equal(x->data(), x->data() + x->bytes(), y->data())), name);
+  }
+  // Factors of the frequencies survive, too.
+  const Lm text = Lm::from_pretrained(golden("gguf/gqa_llama3_tied_f16.gguf"));
+  text.save_pretrained(directory / "text");
+  const Lm twin = Lm::from_pretrained(directory / "text");
+  CHECK(same_bits(text.logits(text.prompt({1, 2, 3, 4})), twin.logits(twin.prompt({1, 2, 3, 4}))));
+}
+
 TEST_CASE("a companion without a token for pictures, and names of files that decide nothing or too much") {
   const TemporaryDirectory directory;
   std::filesystem::copy_file(golden("gguf/llava/mmproj.gguf"), directory / "mmproj.gguf");

@@ -350,12 +350,13 @@ M2LM_IMPL Gguf Gguf::open(std::string_view path, const GgufLimits& limits) try {
     const auto rank = in.number<std::uint32_t>(what);
     if (rank > 4) fail("has ", rank, " dimensions, at most 4 are possible");
     std::array<std::int64_t, 4> extents{};
-    std::uint64_t elements = 1;
+    std::uint64_t elements = 1, product = 1;  // the product of all but zeros: in whatever order they are multiplied, it is the largest
     for (std::size_t d = rank; d-- > 0;) {
       const auto extent = in.number<std::uint64_t>(what);
-      if (extent > static_cast<std::uint64_t>(std::numeric_limits<std::int64_t>::max()) || __builtin_mul_overflow(elements, extent, &elements) ||
-          elements > static_cast<std::uint64_t>(std::numeric_limits<std::int64_t>::max()))
+      if (__builtin_mul_overflow(product, std::max<std::uint64_t>(extent, 1), &product) ||
+          product > static_cast<std::uint64_t>(std::numeric_limits<std::int64_t>::max()))
         fail("has more elements than can be counted");
+      elements *= extent;
       extents[d] = static_cast<std::int64_t>(extent);
     }
     File::Entry entry;

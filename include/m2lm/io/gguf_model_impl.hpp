@@ -252,6 +252,7 @@ M2LM_IMPL std::vector<GgufModel::Source> GgufModel::sources() const {
     std::int64_t interleaved = 0;
     if (called.find(".self_attn.q_proj.") != std::string::npos) interleaved = heads;
     if (called.find(".self_attn.k_proj.") != std::string::npos) interleaved = M2LM_FAULT(45) ? heads : kv_heads;
+    if (vision && called != name) called.insert(0, "language_model.");
     out.push_back({std::move(called), text, name, interleaved});
   }
   if (!vision) return out;
