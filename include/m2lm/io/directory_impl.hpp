@@ -7,6 +7,7 @@
 
 #include <dirent.h>
 
+#include <cstdlib>
 #include <memory>
 #include <new>
 #include <utility>
@@ -62,6 +63,34 @@ inline void remove_tree(const std::string& path) noexcept {
     ::rmdir(path.c_str());
   } catch (const std::bad_alloc&) {
   }
+}
+
+/// The path without links; empty when it leads nowhere.
+inline std::string real_path(const std::string& path) {
+  const std::unique_ptr<char, void (*)(void*)> resolved(::realpath(path.c_str(), nullptr), std::free);
+  if (!resolved && errno == ENOMEM) throw std::bad_alloc();
+  return resolved ? std::string(resolved.get()) : std::string();
+}
+
+M2LM_IMPL void require_own_files(std::string_view directory) {
+  const std::string root = real_path(std::string(directory)), revisions = parent_of(root);
+  const std::string blobs = revisions.ends_with("/snapshots") ? parent_of(revisions) + "/blobs/" : std::string();
+  std::string foreign;
+  const int error = for_each_entry(root, [&](const std::string& name) {
+    const std::string path = join_path(root, name);
+    struct stat status {};
+    if (::lstat(path.c_str(), &status) != 0) return;
+    const bool link = S_ISLNK(status.st_mode);
+    const std::string target = link ? real_path(path) : path;
+    if (target.empty() || ::stat(target.c_str(), &status) != 0) return;  // leads nowhere: it is missing, should anybody ask for it
+    const bool inside = !link || M2LM_FAULT(59) || target.starts_with(root + "/") || (!blobs.empty() && target.starts_with(blobs));
+    const bool plain = S_ISREG(status.st_mode) || S_ISDIR(status.st_mode);
+    if (inside && plain) return;
+    foreign += concat(foreign.empty() ? "" : ", ", name, link ? " -> " + target : std::string(), plain ? "" : " (no regular file)");
+  });
+  if (error == ENOMEM) throw std::bad_alloc();
+  require<CheckpointError>(foreign.empty(), directory, ": holds what is not its own: ", foreign,
+                           "; a checkpoint's files must lie in its directory, unless LoadOptions::follow_links says that they are trusted");
 }
 
 }  // namespace detail

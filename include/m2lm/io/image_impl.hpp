@@ -117,6 +117,25 @@ M2LM_IMPL std::vector<std::byte> bmp_without_gap(std::span<const std::byte> byte
   return out;
 }
 
+/// False when `bytes` cannot hold so many pixels, whatever they show: a decoder takes memory for what the header promises. Deflate makes at
+/// most 1032 bytes of one; a block of a JPEG or a code of a GIF takes a bit or more; small pictures are always let through.
+M2LM_IMPL bool pixels_fit(std::span<const std::byte> bytes, std::string_view format, std::int64_t width, std::int64_t height) {
+  const auto size = static_cast<std::int64_t>(bytes.size());
+  const std::int64_t pixels = width * height;  // within the limits: no overflow
+  const auto byte = [&](std::size_t i) { return i < bytes.size() ? std::to_integer<std::int64_t>(bytes[i]) : 0; };
+  if (format == "BMP") {
+    const std::int64_t bits = byte(14) == 12 ? byte(24) : byte(28);  // 12: the header of OS/2
+    const std::int64_t begin = byte(10) + (byte(11) << 8) + (byte(12) << 16) + (byte(13) << 24);
+    return (width * bits + 31) / 32 * 4 * (height - 1) + (width * bits + 7) / 8 <= size - begin;
+  }
+  if (pixels <= std::int64_t{1} << 22) return true;
+  if (format == "PNG") {
+    const std::int64_t channels = byte(25) == 2 ? 3 : byte(25) == 6 ? 4 : byte(25) == 4 ? 2 : 1;
+    return (width * byte(24) * channels + 7) / 8 * height / 1032 <= size;
+  }
+  return pixels / 8192 <= size;
+}
+
 M2LM_IMPL void check_limits(std::int64_t width, std::int64_t height, std::string_view name, const ImageLimits& limits) {
   require<InputError>(width > 0 && height > 0, name, ": the image is empty (", size_string(width, height), ")");
   const auto check = [&](bool ok, std::int64_t limit, std::string_view what, std::string_view option) {
@@ -195,6 +214,8 @@ M2LM_IMPL Image decode_image(std::span<const std::byte> bytes, std::string_view 
                             format == "JPEG" ? ", or the picture is of 12 bits or coded arithmetically, which is not supported" : ""));
   }
   detail::check_limits(width, height, name, limits);
+  require<InputError>(detail::pixels_fit(bytes, format, width, height), name, ": the ", format, " image of ", detail::size_string(width, height), " pixels cannot be in ",
+                      bytes.size(), " bytes; the file is damaged or truncated");
   // Pillow does not scale 16-bit grey (its mode I;16) but clips it at 255; stb's upper byte would be another picture.
   const bool clipped = channels == 1 && detail::stb::m2lm_stbi_is_16_bit_from_memory(data, size) != 0;
   const auto release = [](void* p) { detail::stb::m2lm_stbi_image_free(p); };

@@ -199,6 +199,13 @@ struct TokenizerFiles {
 
 inline constexpr std::int32_t max_token_id = 1 << 24;
 
+/// Vocabularies have holes, but an id far behind the number of tokens would only take memory: a table has a place for each id.
+inline void require_dense_ids(std::string_view file, std::string_view content, std::int64_t id, std::size_t tokens) {
+  const std::int64_t most = 2 * static_cast<std::int64_t>(tokens) + (1 << 16);
+  require<CheckpointError>(id <= most || M2LM_FAULT(58), file, ": token \"", content, "\" has id ", id, ", far behind the vocabulary of ", tokens,
+                           " tokens; ids up to ", most, " are read");
+}
+
 M2LM_IMPL void add_token(TokenizerFiles& files, AddedToken token, const std::string& file) {
   if (token.content.empty()) throw CheckpointError(concat(file, ": an added token with id ", token.id, " has no text"));
   if (token.id < 0 || token.id > max_token_id)
@@ -333,9 +340,8 @@ M2LM_IMPL void Tokenizer::State::add_tokens(detail::TokenizerFiles& files, std::
     if (files.named.contains(name)) special.push_back(files.named[name]);
   special.insert(special.end(), files.extra_special.begin(), files.extra_special.end());
   for (const std::string& content : special) {
-    const auto known = std::find_if(files.added.begin(), files.added.end(), [&](const auto& entry) { return entry.second.first.content == content; });
-    if (known != files.added.end()) {
-      known->second.first.special = true;
+    if (const auto known = files.added_ids.find(content); known != files.added_ids.end()) {
+      files.added.at(known->second).first.special = true;
       continue;
     }
     const auto piece = ids.find(content);
@@ -354,6 +360,7 @@ M2LM_IMPL void Tokenizer::State::add_tokens(detail::TokenizerFiles& files, std::
     require<CheckpointError>(known == ids.end() || known->second == id, entry.second, ": added token \"", token.content, "\" has id ", id,
                              ", in ", own_file(), " it has id ", known == ids.end() ? -1 : known->second);
     const auto index = static_cast<std::size_t>(id);
+    detail::require_dense_ids(entry.second, token.content, id, pieces + files.added.size());
     if (index >= tokens.size()) tokens.resize(index + 1);
     tokens[index] = {token.content, bpe ? detail::token_bytes(token.content) : detail::replace_all(token.content, detail::space_mark, " "), -1, token.special};
     ids[token.content] = id;
@@ -384,7 +391,10 @@ M2LM_IMPL Tokenizer Tokenizer::of_bpe(const ConfigValue& json, detail::Tokenizer
   state->strip_first_space = false;
   auto bpe = std::make_unique<detail::ByteBpe>(json, detail::max_token_id);
   std::size_t pieces = 0;
-  for (const auto& [text, id] : bpe->vocabulary) pieces = std::max(pieces, static_cast<std::size_t>(id) + 1);
+  for (const auto& [text, id] : bpe->vocabulary) {
+    detail::require_dense_ids(path, text, id, bpe->vocabulary.size());
+    pieces = std::max(pieces, static_cast<std::size_t>(id) + 1);
+  }
   state->tokens.resize(pieces);
   for (const auto& [text, id] : bpe->vocabulary) {
     detail::TokenText& token = state->tokens[static_cast<std::size_t>(id)];

@@ -36,6 +36,7 @@ struct LoadOptions {
   std::string_view template_name = {};                         ///< chat template instead of the checkpoint's
   FunctionRef<void(double)> progress = {};                     ///< fraction done, 0 to 1
   bool allow_unexpected = true;                                ///< false: tensors that the model does not know are an error
+  bool follow_links = false;                                   ///< true: symbolic links may lead out of the directory
   bool check = false;                                          ///< true: NaN or infinity among the weights is an error that names them all
   CheckpointLimits limits = {};                                ///< of config.json and the tensors' files
   std::size_t media_cache_bytes = std::size_t{128} << 20;      ///< encoded media that are kept, by content; 0 = none

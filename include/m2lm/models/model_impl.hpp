@@ -2,6 +2,7 @@
 // Floor: models. May include: core, ops, layers, parts, io, sampling.
 #pragma once
 
+#include <m2lm/io/directory.hpp>
 #include <m2lm/io/file.hpp>
 #include <m2lm/io/gguf_model.hpp>
 #include <m2lm/models/llava_native.hpp>
@@ -88,6 +89,7 @@ M2LM_IMPL void describe_model_files(ModelFiles& out, std::string_view directory,
 /// Puts the config in transformers' words, and adds the tensors of a vision tower that has a directory of its own.
 M2LM_IMPL void open_llava_native(ModelFiles& files, std::string_view directory, const LoadOptions& options) {
   const std::string tower = find_llava_tower(files.config, directory, options.vision_tower);
+  if (!options.follow_links && !tower.empty()) require_own_files(tower);
   files.config = translate_llava_config(files.config, directory, tower);
   const std::vector<std::string> names = files.checkpoint.names();
   const bool inside = std::any_of(names.begin(), names.end(), [](const std::string& name) { return name.find("vision_tower.") != std::string::npos; });
@@ -99,6 +101,7 @@ M2LM_IMPL void open_llava_native(ModelFiles& files, std::string_view directory, 
 
 M2LM_IMPL ModelFiles open_model_files(std::string_view directory, const LoadOptions& options) {
   ModelFiles out;
+  if (!options.follow_links && directory_exists(directory)) require_own_files(directory);
   if (const auto gguf = GgufModel::find(directory, options.limits.gguf)) {
     require_memory(directory, gguf->unpacked_bytes(), 0, DType::f32);  // before anything is unpacked
     out.config = gguf->config();
