@@ -292,7 +292,7 @@ TEST_CASE("small files take little memory, whatever they promise") {
     const auto [most, refusal] = picture(bytes);
     CAPTURE(bytes.substr(0, 4));
     CHECK(most < small);
-    CHECK_MESSAGE(has(refusal, "cannot be in"), refusal);
+    CHECK(has(refusal, "cannot be in"));
   }
 
   const TemporaryDirectory directory;
