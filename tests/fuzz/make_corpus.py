@@ -117,6 +117,16 @@ def gguf_seeds():
                                                                                   "llama.rope.scaling.factor": ("f32", 4.0)}, {"token_embd.weight": ((4, 8), 1, 64)})}
 
 
+def bpe(name, merges):
+    """tokenizer.json of tests/golden/bpe/NAME, cut to its bytes, its first merges and its added tokens."""
+    data = json.loads((GOLDEN / "bpe" / name / "tokenizer.json").read_text())
+    model = data["model"]
+    model["merges"] = model["merges"][:merges]
+    keep = {token for token in model["vocab"] if len(token) == 1} | {"".join(m if isinstance(m, list) else m.split(" ")) for m in model["merges"]}
+    model["vocab"] = {token: i for token, i in model["vocab"].items() if token in keep}
+    return json.dumps(data, separators=(",", ":")).encode()
+
+
 GIF = bytes.fromhex("47494638396103000200800100ff0000ffffff21f90401000001002c00000000030002000002038c8f0500003b")
 
 corpus = {
@@ -151,6 +161,10 @@ corpus = {
     "tokenizer": {
         f"text{i}": bytes([len(text)]) + text + (GOLDEN / "llava/with_tokenizer/tokenizer.model").read_bytes()
         for i, text in enumerate([b"What is in the picture?", "\u2581 \u00e9\u4e2d\U0001f600 <s>\n".encode()])
+    },
+    "tokenizer_json": {
+        f"{name}{i}": bytes([len(text)]) + text + bpe(name, 12)
+        for i, (name, text) in enumerate([("llama3", b"Hello, world! It's 1234"), ("qwen2", "e\u0301 \u4e2d <image> caf\u00e9\n".encode()), ("gpt2", b"they'll go  on")])
     },
     "chat_template": {},
     "placeholders": {

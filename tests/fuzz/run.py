@@ -15,7 +15,7 @@ import sys
 HERE = pathlib.Path(__file__).resolve().parent
 IMAGES = {".png", ".jpg", ".jpeg", ".bmp", ".gif", ".pgm", ".ppm"}
 # Largest input, in bytes: small ones are fast, and what can go wrong fits in them.
-MAX_LENGTH = {"safetensors": 4096, "gguf": 8192, "config": 4096, "image": 16384, "tokenizer": 8192, "chat_template": 2048, "placeholders": 256, "pytorch": 8192}
+MAX_LENGTH = {"safetensors": 4096, "gguf": 8192, "config": 4096, "image": 16384, "tokenizer": 8192, "tokenizer_json": 12288, "chat_template": 2048, "placeholders": 256, "pytorch": 8192}
 
 
 def asset_seeds(target, directory):

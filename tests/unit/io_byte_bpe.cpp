@@ -109,7 +109,7 @@ std::string read_text(const std::string& path) {
 }  // namespace
 
 TEST_CASE("byte-level BPE: ids and texts of transformers") {
-  for (const std::string name : {"llama3", "qwen2"}) {
+  for (const std::string name : {"gpt2", "llama3", "qwen2"}) {
     CAPTURE(name);
     const Tokenizer t = Tokenizer::from_directory(m2lm_test::golden("bpe/" + name));
     const ConfigValue golden = ConfigValue::parse_file(m2lm_test::golden("bpe/" + name + "/cases.json"));

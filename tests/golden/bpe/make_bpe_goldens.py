@@ -1,9 +1,9 @@
 #!/usr/bin/env python3
-"""Writes llama3/ and qwen2/ (tokenizer.json, cases.json) beside this file.
+"""Writes gpt2/, llama3/ and qwen2/ (tokenizer.json, cases.json) beside this file.
 
     python make_bpe_goldens.py        # tokenizers 0.23.3, transformers 5.23.0
 
-Two byte-level BPEs of about 600 tokens, trained on the strings below. `cases`: text
+Three byte-level BPEs of about 600 tokens, trained on the strings below. `cases`: text
 and ids with special tokens; `decode`: ids and text; `fuzz`: for every 100 strings of fuzz_text() one FNV-1a hash of their ids.
 """
 
@@ -16,6 +16,13 @@ from transformers import PreTrainedTokenizerFast
 HERE = pathlib.Path(__file__).resolve().parent
 HEAD = r"(?i:'s|'t|'re|'ve|'m|'ll|'d)|[^\r\n\p{L}\p{N}]?\p{L}+|"
 TAIL = r"| ?[^\s\p{L}\p{N}]+[\r\n]*|\s*[\r\n]+|\s+(?!\S)|\s+"
+PROSE = """Writes llama3/ and qwen2/ (tokenizer.json, cases.json) beside this file.
+
+    python make_bpe_goldens.py        # tokenizers 0.23.3, transformers 5.23.0
+
+Two byte-level BPEs of about 600 tokens, trained on the strings below. `cases`: text
+and ids with special tokens; `decode`: ids and text; `fuzz`: for every 100 strings of fuzz_text() one FNV-1a hash of their ids.
+"""  # of the first version of this file: changing it changes the vocabularies
 SENTENCES = [
     "Hello, world! It's 2024; they'RE here and WE'LL go.", "  leading and trailing   ", "a\n\n\nb \r\n c\t\td", "don'\u017f I'Ms 'S 'Ll x'd'", "12345678 1,234.5 \u0664\u0665\u0666 \u00bd\u2167",
     "\u041f\u0440\u0438\u0432\u0435\u0442, \u043c\u0438\u0440! \u041a\u0430\u043a \u0434\u0435\u043b\u0430?", "\u4f60\u597d\uff0c\u4e16\u754c\u3002\u4eca\u5929\u5929\u6c14\u5f88\u597d", "\u3053\u3093\u306b\u3061\u306f\u4e16\u754c\u30ab\u30bf\u30ab\u30ca", "\uc548\ub155\ud558\uc138\uc694 \uc138\uacc4", "\u1112\u1161\u11ab\u1100\u116e\u11a8 e\u0301 a\u0323\u0302 o\u0302\u0323",
@@ -75,21 +82,25 @@ def fuzz_hashes(tokenizer):
 
 
 def train(numbers, nfc):
-    tokenizer = Tokenizer(models.BPE(ignore_merges=not nfc))
+    """`numbers` is None for GPT-2, whose regular expression lies in ByteLevel."""
+    tokenizer = Tokenizer(models.BPE(ignore_merges=numbers is not None and not nfc))
     if nfc:
         tokenizer.normalizer = normalizers.NFC()
-    split = pre_tokenizers.Split(Regex(HEAD + numbers + TAIL), "isolated")
-    tokenizer.pre_tokenizer = pre_tokenizers.Sequence([split, pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=False)])
+    if numbers is None:
+        tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=True)
+    else:
+        split = pre_tokenizers.Split(Regex(HEAD + numbers + TAIL), "isolated")
+        tokenizer.pre_tokenizer = pre_tokenizers.Sequence([split, pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=False)])
     tokenizer.decoder = decoders.ByteLevel()
     trainer = trainers.BpeTrainer(vocab_size=600, initial_alphabet=sorted(pre_tokenizers.ByteLevel.alphabet()), show_progress=False)
-    lines = SENTENCES * 3 + (__doc__ + "\n").splitlines()
+    lines = SENTENCES * 3 + (PROSE + "\n").splitlines()
     tokenizer.train_from_iterator(lines, trainer)
     tokenizer.add_special_tokens([AddedToken(t, normalized=False) for t in ("<|begin|>", "<|end|>")])
     tokenizer.add_tokens([
         AddedToken("<image>", lstrip=True, rstrip=True, normalized=False), AddedToken("<left>", lstrip=True, normalized=False),
         AddedToken("<word>", single_word=True, normalized=True), AddedToken("<n\u00f6rm>", normalized=True), AddedToken("<mark\u00e9>", normalized=False)])
     byte_level = processors.ByteLevel(trim_offsets=False)
-    if nfc:
+    if nfc or numbers is None:
         tokenizer.post_processor = byte_level
     else:
         begin = tokenizer.token_to_id("<|begin|>")
@@ -98,7 +109,7 @@ def train(numbers, nfc):
 
 
 def main():
-    for name, numbers, nfc in (("llama3", r"\p{N}{1,3}", False), ("qwen2", r"\p{N}", True)):
+    for name, numbers, nfc in (("gpt2", None, False), ("llama3", r"\p{N}{1,3}", False), ("qwen2", r"\p{N}", True)):
         tokenizer = train(numbers, nfc)
         folder = HERE / name
         folder.mkdir(exist_ok=True)
