@@ -48,8 +48,12 @@ struct Options {
   m2lm::GenerateOptions generate{};
 };
 
-inline void add_options(CLI::App& app, Options& o) {
+inline void add_version(CLI::App& app) {
   app.set_version_flag("--version", m2lm::concat(app.get_name(), " ", M2LM_VERSION_MAJOR, ".", M2LM_VERSION_MINOR, ".", M2LM_VERSION_PATCH));
+}
+
+inline void add_options(CLI::App& app, Options& o) {
+  add_version(app);
   app.add_option("--model", o.model, "Directory of a Hugging Face checkpoint")->envname("M2LM_MODEL")->type_name("DIR");
   app.add_option("--precision", o.precision, "Format of the packed weights")->check(CLI::IsMember({"f32", "bf16"}))->capture_default_str();
   app.add_option("--template", o.template_name, "Chat template instead of the checkpoint's")->type_name("NAME");

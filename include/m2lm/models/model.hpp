@@ -30,6 +30,8 @@
 
 namespace m2lm {
 
+struct GgufModel;
+
 /// `progress` refers to a callable and does not own it, as GenerateOptions::on_text.
 struct LoadOptions {
   std::optional<Precision> precision = {};                     ///< instead of the one in the type (a `With` component keeps its own)
@@ -60,6 +62,9 @@ struct ModelFiles {
   std::vector<std::int32_t> stop_tokens;
 };
 ModelFiles open_model_files(std::string_view directory, const LoadOptions& options);
+
+/// The template of the checkpoint: by the Jinja text in its files (or in `gguf`), else by its type and name. throws as detect_chat_template.
+const ChatTemplate& find_chat_template(const ConfigValue& config, std::string_view directory, const GgufModel* gguf);
 
 /// throws CapacityError unless `needed` bytes are available; `limit` 0 asks the system.
 void require_memory(std::string_view directory, std::size_t needed, std::size_t limit, DType format);

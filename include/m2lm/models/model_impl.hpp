@@ -57,6 +57,22 @@ inline std::size_t available_memory() {
 }  // namespace files
 
 /// Everything but config and tensors: the tokenizer, the tokens that end an answer, the chat template.
+M2LM_IMPL const ChatTemplate& find_chat_template(const ConfigValue& config, std::string_view directory, const GgufModel* gguf) {
+  const std::string jinja = gguf ? gguf->chat_template() : files::chat_template_text(directory);
+  const std::string model_type = config.get_or<std::string>("model_type", "");
+  const std::string text_type = config.has_value("text_config") ? config["text_config"].get_or<std::string>("model_type", "") : "";
+  const std::vector<std::string> architectures =
+      config.has_value("architectures") ? config.get_list<std::string>("architectures") : std::vector<std::string>{};
+  // The last part of the name only: parent directories say nothing about a model.
+  std::string name = config.get_or<std::string>("_name_or_path", "");
+  if (name.empty()) name = directory;
+  while (name.size() > 1 && name.back() == '/') name.pop_back();
+  name = name.substr(name.rfind('/') + 1);
+  return detect_chat_template(CheckpointFacts{.model_type = model_type, .text_model_type = text_type,
+                                                            .architecture = architectures.empty() ? std::string_view{} : std::string_view(architectures.front()),
+                                                            .name = name, .chat_template = jinja});
+}
+
 M2LM_IMPL void describe_model_files(ModelFiles& out, std::string_view directory, std::string_view template_name, const GgufModel* gguf = nullptr) {
   out.directory = directory;
   try {
@@ -71,19 +87,7 @@ M2LM_IMPL void describe_model_files(ModelFiles& out, std::string_view directory,
     out.chat_template = &chat_template(template_name);
     return;
   }
-  const std::string jinja = gguf ? gguf->chat_template() : files::chat_template_text(directory);
-  const std::string model_type = out.config.get_or<std::string>("model_type", "");
-  const std::string text_type = out.config.has_value("text_config") ? out.config["text_config"].get_or<std::string>("model_type", "") : "";
-  const std::vector<std::string> architectures =
-      out.config.has_value("architectures") ? out.config.get_list<std::string>("architectures") : std::vector<std::string>{};
-  // The last part of the name only: parent directories say nothing about a model.
-  std::string name = out.config.get_or<std::string>("_name_or_path", "");
-  if (name.empty()) name = directory;
-  while (name.size() > 1 && name.back() == '/') name.pop_back();
-  name = name.substr(name.rfind('/') + 1);
-  out.chat_template = &detect_chat_template(CheckpointFacts{.model_type = model_type, .text_model_type = text_type,
-                                                            .architecture = architectures.empty() ? std::string_view{} : std::string_view(architectures.front()),
-                                                            .name = name, .chat_template = jinja});
+  out.chat_template = &find_chat_template(out.config, directory, gguf);
 }
 
 /// Puts the config in transformers' words, and adds the tensors of a vision tower that has a directory of its own.
