@@ -48,15 +48,12 @@ struct NoHook {
 
 namespace detail {
 
-/// What a head saves for its gradient; nothing where it has none.
-template <class HeadOn>
-struct HeadSaved {
-  struct type {};
-};
-template <class HeadOn>
-  requires requires { typename HeadOn::Saved; }
-struct HeadSaved<HeadOn> {
-  using type = typename HeadOn::Saved;
+/// A component that keeps what its backward pass needs.
+template <class ComponentOn>
+concept Differentiable = requires { typename ComponentOn::Saved; };
+
+struct NothingSaved {
+  struct Saved {};
 };
 
 }  // namespace detail
@@ -141,6 +138,8 @@ struct LlamaDecoder {
   template <class B, Precision P>
   class On {
     using S = ScalarOf<B>;
+    using HookOn = typename AfterAttentionHook::template On<B, P>;
+    using HeadOn = typename Head::template On<B, P>;
     LlamaConfig config_;
     std::vector<float> frequencies_;
 
@@ -148,8 +147,8 @@ struct LlamaDecoder {
     Embedding<B> embed_tokens;
     std::vector<Block<B>> layers;
     RmsNorm<B> norm;
-    typename AfterAttentionHook::template On<B, P> hook;
-    typename Head::template On<B, P> head;
+    HookOn hook;
+    HeadOn head;
 
     explicit On(const LlamaConfig& c) : On(c, {}, {}) {}
     explicit On(const Config& c) : On(c, c.hook, c.head) {}
@@ -204,7 +203,7 @@ struct LlamaDecoder {
     struct Saved {
       std::vector<typename Block<B>::Saved> layers;
       typename RmsNorm<B>::Saved norm;
-      typename detail::HeadSaved<typename Head::template On<B, P>>::type head;
+      typename std::conditional_t<detail::Differentiable<HeadOn>, HeadOn, detail::NothingSaved>::Saved head;
     };
     /// Runs all blocks over h [rows, hidden], in place, and advances the caches. The rows of a sequence follow its cached
     /// positions. `tap(layer, h)` sees the input of every block and, as the last, the output of the last (before the norm).
@@ -246,13 +245,15 @@ struct LlamaDecoder {
       const Arena::Scope scope(ctx.arena);
       const Matrix<S> x = ctx.storage(saved != nullptr).template matrix<S>(h.extent(0), h.extent(1));
       norm.forward(ctx, h, x, saved ? &saved->norm : nullptr);
-      if (saved)
-        head.forward(ctx, x, logits, &saved->head);
-      else
+      if constexpr (detail::Differentiable<HeadOn>) {
+        head.forward(ctx, x, logits, saved ? &saved->head : nullptr);
+      } else {
         head.forward(ctx, x, logits);
+      }
     }
     /// dh = the gradient of predict's h, from that of its logits; adds those of trained parameters (of a tied head: to the table's).
     void predict_backward(Context<B>& ctx, Matrix<const S> dlogits, const Saved& saved, Gradients<S>& gradients, Matrix<S> dh) const {
+      static_assert(detail::Differentiable<HeadOn>, "m2lm: the head of this decoder has no Saved and no backward, so the decoder cannot be trained");
       const Arena::Scope scope(ctx.arena);
       const Matrix<S> dx = ctx.arena.template matrix<S>(dh.extent(0), dh.extent(1));
       head.backward(ctx, dlogits, saved.head, gradients, embed_tokens.weight, dx);
@@ -260,8 +261,6 @@ struct LlamaDecoder {
     }
 
    private:
-    using HookOn = typename AfterAttentionHook::template On<B, P>;
-    using HeadOn = typename Head::template On<B, P>;
     static HookOn make_hook([[maybe_unused]] const LlamaConfig& c, [[maybe_unused]] const ConfigOf<AfterAttentionHook>& config) {
       if constexpr (std::is_same_v<ConfigOf<AfterAttentionHook>, NoConfig>)
         return HookOn();
