@@ -186,6 +186,31 @@ TEST_CASE("without a tokenizer ids work, and text says what is missing") {
   CHECK_SAYS(message_of<m2lm::InputError>([&] { other.generate(other.prompt("Hello")); }), "tokenizer.json", "not supported");
 }
 
+TEST_CASE("an id that the vocabulary leaves out has no text, and ends nothing") {
+  const TemporaryDirectory directory;
+  copy_directory(golden("llava/with_tokenizer"), directory);
+  directory.write("added_tokens.json", R"({"<image>": 340, "<pad>": 341, "<behind the hole>": 345})");
+  change_tensors(directory, [](std::vector<NamedTensor>& tensors) {
+    const auto head = std::find_if(tensors.begin(), tensors.end(), [](const NamedTensor& x) { return x.name.ends_with("lm_head.weight"); });
+    REQUIRE(head != tensors.end());
+    Tensor<float> rows(head->tensor.shape());  // of two opposite rows one has the largest logit, whatever the hidden state
+    for (std::int64_t i = 0; i < rows.shape()[1]; ++i) {
+      rows.data()[343 * rows.shape()[1] + i] = 1;
+      rows.data()[344 * rows.shape()[1] + i] = -1;
+    }
+    head->tensor = AnyTensor(std::move(rows));
+  });
+  const Vlm model = Vlm::from_pretrained(directory.path());
+  CHECK_FALSE(model.tokenizer().contains(343));
+  CHECK(model.tokenizer().contains(345));
+  CHECK_FALSE(model.tokenizer().contains(346));
+  CHECK_FALSE(model.tokenizer().contains(-1));
+  const m2lm::Generation answer = model.generate(model.prompt("Hello"), {.max_new_tokens = 4, .ignore_eos = true});
+  REQUIRE(answer.tokens.size() == 4);
+  for (const std::int32_t id : answer.tokens) CHECK((id == 343 || id == 344));
+  CHECK(answer.text.empty());
+}
+
 // ---- config.json ---------------------------------------------------------------------------------------------------------------------
 
 TEST_CASE("contradictions and unknown words of config.json") {

@@ -40,31 +40,6 @@ M2LM_IMPL CharKind char_kind(std::uint32_t c) {
   return in_ranges(unicode_spaces, c) ? CharKind::space : CharKind::other;
 }
 
-struct CodePoint {
-  std::uint32_t value = 0;
-  std::size_t length = 0;  ///< bytes it takes; of a malformed one, those that one U+FFFD stands for
-  bool valid = false;
-  bool cut = false;  ///< the text ends where the character might have gone on
-};
-
-/// The code point at the beginning of `s`, which is not empty. A malformed one takes its longest well-formed beginning, at least a byte.
-M2LM_IMPL CodePoint code_point(std::string_view s) {
-  const auto byte = [&](std::size_t k) { return static_cast<std::uint32_t>(static_cast<unsigned char>(s[k])); };
-  const std::uint32_t lead = byte(0);
-  if (lead < 0x80) return {lead, 1, true, false};
-  const std::size_t length = lead < 0xc2 ? 0 : lead < 0xe0 ? 2 : lead < 0xf0 ? 3 : lead < 0xf5 ? 4 : 0;
-  if (length == 0) return {0, 1, false, false};
-  std::uint32_t value = lead & (0xffU >> (length + 1));
-  for (std::size_t k = 1; k < length; ++k) {
-    if (k == s.size()) return {0, k, false, true};
-    const std::uint32_t low = k == 1 && lead == 0xe0 ? 0xa0 : k == 1 && lead == 0xf0 ? 0x90 : 0x80;
-    const std::uint32_t high = k == 1 && lead == 0xed ? 0x9f : k == 1 && lead == 0xf4 ? 0x8f : 0xbf;
-    if (byte(k) < low || byte(k) > high) return {0, k, false, false};
-    value = value << 6U | (byte(k) & 0x3fU);
-  }
-  return {value, length, true, false};
-}
-
 M2LM_IMPL void append_utf8(std::string& out, std::uint32_t c) {
   const auto put = [&](std::uint32_t byte) { out += static_cast<char>(static_cast<unsigned char>(byte)); };
   if (c < 0x80) return put(c);
@@ -80,19 +55,6 @@ M2LM_IMPL void append_utf8(std::string& out, std::uint32_t c) {
     put(0x80 | (c >> 6U & 0x3fU));
   }
   put(0x80 | (c & 0x3fU));
-}
-
-/// Appends `bytes` to `out`, U+FFFD for what is malformed. Unless `last`, an unfinished character at the end is left out.
-/// ensures: returns how many bytes were dealt with.
-M2LM_IMPL std::size_t append_well_formed(std::string& out, std::string_view bytes, bool last) {
-  std::size_t at = 0;
-  while (at < bytes.size()) {
-    const CodePoint c = code_point(bytes.substr(at));
-    if (c.cut && !last) break;
-    out += c.valid ? bytes.substr(at, c.length) : replacement_character;
-    at += c.length;
-  }
-  return at;
 }
 
 /// The length of the white space at the beginning, or at the end, of well-formed text.

@@ -47,26 +47,6 @@ struct TokenText {
   bool special = false;
 };
 
-/// True when the bytes are well-formed UTF-8: no overlong forms, no surrogates, nothing over U+10FFFF.
-M2LM_IMPL bool is_utf8(std::string_view s) {
-  for (std::size_t i = 0; i < s.size();) {
-    const auto byte = [&](std::size_t k) { return static_cast<unsigned>(static_cast<unsigned char>(s[k])); };
-    const unsigned lead = byte(i);
-    const std::size_t length = lead < 0x80 ? 1 : lead >= 0xc2 && lead < 0xe0 ? 2 : (lead & 0xf0U) == 0xe0 ? 3 : lead >= 0xf0 && lead < 0xf5 ? 4 : 0;
-    if (length == 0 || length > s.size() - i) return false;
-    for (std::size_t k = 1; k < length; ++k)
-      if ((byte(i + k) & 0xc0U) != 0x80) return false;
-    if (length > 2) {
-      const unsigned second = byte(i + 1);
-      if ((lead == 0xe0 && second < 0xa0) || (lead == 0xed && second >= 0xa0) || (lead == 0xf0 && second < 0x90) ||
-          (lead == 0xf4 && second >= 0x90))
-        return false;
-    }
-    i += length;
-  }
-  return true;
-}
-
 M2LM_IMPL bool is_ascii_space(char c) { return c == ' ' || (c >= '\t' && c <= '\r'); }
 M2LM_IMPL bool is_word_byte(char c) {
   return c == '_' || (c >= '0' && c <= '9') || (c >= 'a' && c <= 'z') || (c >= 'A' && c <= 'Z') || static_cast<unsigned char>(c) >= 0x80;

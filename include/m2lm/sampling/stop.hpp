@@ -16,11 +16,8 @@ namespace m2lm {
 /// maximal invalid part becomes one U+FFFD, as Python's bytes.decode(errors="replace") and the WHATWG decoder do, so the result does
 /// not depend on where the bytes were cut.
 class Utf8Gate {
-  std::string text_;      // what the last call returned
-  char pending_[4] = {};  // the bytes of an incomplete character
-  int pending_size_ = 0;
-  int missing_ = 0;                            // bytes that it still needs
-  unsigned char lower_ = 0x80, upper_ = 0xBF;  // range of the next one
+  std::string text_;     // what the last call returned
+  std::string pending_;  // bytes whose character is not complete
 
  public:
   Utf8Gate();
@@ -28,10 +25,6 @@ class Utf8Gate {
   std::string_view push(std::string_view bytes);
   /// U+FFFD if a character was left incomplete, else nothing. The gate is then as new.
   std::string_view finish();
-
- private:
-  void start(unsigned char byte);
-  void replace();
 };
 
 /// Stop tokens and stop strings over streamed text. Text that may turn out to be the beginning of a stop string is held back, so what

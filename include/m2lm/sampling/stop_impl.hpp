@@ -17,57 +17,23 @@ inline constexpr std::size_t stream_reserve = 512;
 
 }  // namespace detail
 
-M2LM_IMPL Utf8Gate::Utf8Gate() { text_.reserve(detail::stream_reserve); }
+M2LM_IMPL Utf8Gate::Utf8Gate() {
+  text_.reserve(detail::stream_reserve);
+  pending_.reserve(detail::stream_reserve);
+}
 
 M2LM_IMPL std::string_view Utf8Gate::push(std::string_view bytes) {
   text_.clear();
-  for (const char c : bytes) {
-    const auto byte = static_cast<unsigned char>(c);
-    if (missing_ != 0 && byte >= lower_ && byte <= upper_) {
-      pending_[pending_size_++] = c;
-      lower_ = 0x80;
-      upper_ = 0xBF;
-      if (--missing_ == 0) {
-        text_.append(pending_, static_cast<std::size_t>(pending_size_));
-        pending_size_ = 0;
-      }
-      continue;
-    }
-    if (missing_ != 0) replace();  // cut short by this byte, which may begin a character itself
-    start(byte);
-  }
+  pending_ += bytes;
+  pending_.erase(0, detail::append_well_formed(text_, pending_, false));
   return text_;
 }
 
 M2LM_IMPL std::string_view Utf8Gate::finish() {
   text_.clear();
-  if (missing_ != 0) replace();
+  (void)detail::append_well_formed(text_, pending_, true);
+  pending_.clear();
   return text_;
-}
-
-M2LM_IMPL void Utf8Gate::start(unsigned char byte) {
-  if (byte < 0x80) {
-    text_ += static_cast<char>(byte);
-    return;
-  }
-  if (byte < 0xC2 || byte > 0xF4) {  // a continuation byte, an overlong form, or beyond U+10FFFF
-    text_ += detail::replacement_character;
-    return;
-  }
-  pending_[0] = static_cast<char>(byte);
-  pending_size_ = 1;
-  missing_ = byte < 0xE0 ? 1 : byte < 0xF0 ? 2 : 3;
-  // No overlong forms, no surrogates, nothing beyond U+10FFFF.
-  lower_ = byte == 0xE0 ? 0xA0 : byte == 0xF0 ? 0x90 : 0x80;
-  upper_ = byte == 0xED ? 0x9F : byte == 0xF4 ? 0x8F : 0xBF;
-}
-
-M2LM_IMPL void Utf8Gate::replace() {
-  text_ += detail::replacement_character;
-  missing_ = 0;
-  pending_size_ = 0;
-  lower_ = 0x80;
-  upper_ = 0xBF;
 }
 
 M2LM_IMPL StopMatcher::StopMatcher(std::span<const std::int32_t> token_ids, std::span<const std::string> strings)
