@@ -279,7 +279,7 @@ M2LM_IMPL AnyTensor GgufModel::read(const Source& source) {
   const Shape& shape = stored.shape();
   if (source.heads == 0 || shape.rank() == 0) return stored;
   const std::int64_t rows = shape[0];
-  require<CheckpointError>(source.heads > 0 && rows % (2 * source.heads) == 0, source.file.path(), ": tensor \"", source.stored, "\" has ", rows, " rows, which ",
+  require<CheckpointError>(source.heads > 0 && rows % source.heads == 0 && rows / source.heads % 2 == 0, source.file.path(), ": tensor \"", source.stored, "\" has ", rows, " rows, which ",
                            source.heads, " heads do not share in halves");
   const std::size_t row_bytes = rows == 0 ? 0 : stored.bytes() / static_cast<std::size_t>(rows);
   const std::int64_t half = rows / source.heads / 2;
