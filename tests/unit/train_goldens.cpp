@@ -153,7 +153,8 @@ TEST_CASE("200 steps of a tiny LLaVA on easy-VQA, from nothing, follow PyTorch's
   const TemporaryDirectory directory;
   trainer.model().save_pretrained(directory / "saved");
   const auto prompt = example(3).prompt;
-  CHECK(same_bits(Vlm::from_pretrained(directory / "saved").logits(prompt), trainer.model().logits(prompt)));
+  // Not bit by bit: a trained MLP is packed without its gate fused, and a compiler may contract the two forms differently.
+  M2LM_CHECK_CLOSE(Vlm::from_pretrained(directory / "saved").logits(prompt), AnyTensor(trainer.model().logits(prompt)), 1e-5, "saved and loaded");
 }
 
 }  // namespace
