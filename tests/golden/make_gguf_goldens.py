@@ -278,7 +278,7 @@ def main():
     out = parser.parse_args().out
     out.mkdir(parents=True, exist_ok=True)
     formats(out)
-    for name in ("gqa_llama3_tied_f16", "mqa_linear_tied_hd6", "mha_wide_heads_bf16"):
+    for name in ("gqa_llama3_tied_f16", "mqa_llama3_hd10", "mqa_linear_tied_hd6", "mha_wide_heads_bf16"):
         tensors, kinds = load(HERE / "llama" / name)
         writer = gguf.GGUFWriter(out / f"{name}.gguf", "llama")
         text_model(writer, json.loads((HERE / "llama" / name / "config.json").read_text()), tensors, kinds)
