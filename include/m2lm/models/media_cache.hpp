@@ -137,6 +137,13 @@ class MediaCache {
     index_.emplace(entries_.front()->key, entries_.begin());
     stats_.bytes += bytes;
   }
+  /// Forgets everything: the encoders have changed.
+  void clear() {
+    const std::lock_guard lock(mutex_);
+    index_.clear();
+    entries_.clear();
+    stats_.bytes = 0;
+  }
   MediaCacheStats stats() const {
     const std::lock_guard lock(mutex_);
     MediaCacheStats out = stats_;

@@ -203,6 +203,7 @@ Trainer<M>::Trainer(M model, TrainerOptions options) : model_(std::move(model)),
 template <class M>
 void Trainer<M>::prepare(bool all) {
   Context<B> ctx = context(true);
+  state().media.clear();
   Precision exact = state().precision;
   exact.weights = exact.lm_head = dtype_of<S>;
   if (decoder_trained_ || all) state().decoder.prepare(ctx, decoder_trained_ ? exact : state().precision, {});
