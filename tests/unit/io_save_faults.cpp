@@ -1,5 +1,6 @@
 // Saving under faults: a full disk, a failing disk, short writes, and kill -9 at a thousand moments. The old file or the new one is
 // there, whole. write, fsync, rename and close are interposed here; everything else is the library's own way.
+#include <m2lm/io/directory.hpp>
 #include <m2lm/io/file.hpp>
 #include <m2lm/io/safetensors.hpp>
 
@@ -305,4 +306,47 @@ TEST_CASE("kill -9 at a thousand random moments of a save") {
         }))
       torn_in_place += version_of(path) < 0;
   CHECK(torn_in_place > 0);
+}
+
+TEST_CASE("kill -9 while a whole directory is replaced: all old files or all new ones, and the user's own file is never lost") {
+  const Directory directory;
+  const std::string target = directory.path + "/checkpoint";
+  const auto write = [&](float number) {
+    m2lm::DirectoryWriter writer(target);
+    m2lm::write_file(writer / "config.json", std::to_string(number));
+    m2lm::write_safetensors(writer / "model-1.safetensors", version(number, 4, 4096), {});
+    m2lm::write_safetensors(writer / "model-2.safetensors", version(number, 4, 4096), {});
+    writer.commit([](std::string_view name) { return name != "notes.txt"; });
+  };
+  const auto state = [&] {  // the version of the directory, or -2 for a mixture
+    const float first = version_of(target + "/model-1.safetensors"), second = version_of(target + "/model-2.safetensors");
+    return first == second && m2lm::read_file(target + "/config.json") == std::to_string(first) ? first : -2;
+  };
+  write(1);
+  Moments moments;
+  int old_found = 0, new_found = 0, mixed = 0, set_aside = 0;
+  for (int i = 0; i < kills / 2; ++i) {
+    if (state() != 1) write(1);
+    m2lm::write_file(target + "/notes.txt", "mine");
+    moments.kill_while([&] { write(2); });
+    const float found = state();
+    old_found += found == 1;
+    new_found += found == 2;
+    mixed += found != 1 && found != 2;
+    bool kept = m2lm::file_exists(target + "/notes.txt");
+    for (const auto& entry : std::filesystem::directory_iterator(directory.path)) {
+      if (entry.path() == target) continue;
+      CHECK(entry.path().extension() == ".part");
+      if (!kept && m2lm::file_exists(entry.path().string() + "/notes.txt")) {
+        kept = true;
+        ++set_aside;
+      }
+      std::filesystem::remove_all(entry.path());
+    }
+    CHECK(kept);
+  }
+  std::printf("%d saves of a directory: old %d, new %d, mixed %d, the user's file set aside %d\n", kills / 2, old_found, new_found, mixed, set_aside);
+  CHECK(mixed == 0);
+  CHECK(old_found > kills / 40);
+  CHECK(new_found > kills / 40);
 }

@@ -449,6 +449,7 @@ std::vector<Score> BasicSession<M>::score(std::deque<Turn>& turns, std::span<con
     state.decoder.forward(ctx, h, std::span<const SequenceRows<B>>(&rows, 1));
     for (std::int64_t t = 0; t < rest; ++t) add(out[i], h.rows(t, t + 1), ids[static_cast<std::size_t>(t) + 1]);
   }
+  state.files.checkpoint.require_intact();
   return out;
 }
 
