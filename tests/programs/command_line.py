@@ -45,7 +45,7 @@ class CommandLine(unittest.TestCase):
                 result = run(program, option)
                 self.assertEqual((result.status, result.err), (0, ""))
                 for name in ("--model", "--precision", "--max-tokens", "--temperature", "--seed", "--threads", "--json", "--timings", "--dump",
-                             "--template"):
+                             "--template", "--check"):
                     self.assertIn(name, result.out)
             result = run(program, "--version")
             self.assertEqual((result.status, result.err), (0, ""))
