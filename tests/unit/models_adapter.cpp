@@ -155,5 +155,9 @@ TEST_CASE("an adapter of another base, another rank, unknown targets and other k
             "model.layers.9.self_attn.q_proj: the model has no such module; the nearest is model.layers.0.self_attn.q_proj.weight"));
   CHECK(has(with_tensors([](auto& t) { t[0].name = "model.layers.0"; }), "model.layers.0 does not begin with base_model.model."));
   CHECK(has(with_tensors([](auto& t) { t[0].name = "base_model.model.model.embed_tokens.lora_embedding_A"; }), "an update of this kind is not supported"));
+  const TemporaryDirectory linked;
+  std::filesystem::copy_file(adapter("attention") + "/adapter_config.json", linked / "adapter_config.json");
+  std::filesystem::create_symlink(std::filesystem::absolute(adapter("attention") + "/adapter_model.safetensors"), linked / "adapter_model.safetensors");
+  CHECK(has(message(linked.path()), "holds what is not its own: adapter_model.safetensors"));
   CHECK(has(with_tensors([](auto& t) { t.clear(); }), "of which the file has no tensors"));
 }

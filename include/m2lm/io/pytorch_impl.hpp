@@ -49,6 +49,7 @@ M2LM_IMPL std::int64_t checked_elements(const PickledTensor& t, std::string_view
 
 M2LM_IMPL bool is_contiguous(const PickledTensor& t) {
   std::int64_t expected = 1;
+  if (M2LM_FAULT(51)) return true;
   for (std::size_t i = t.shape.size(); i-- > 0;) {
     if (t.shape[i] != 1 && t.strides[i] != expected) return false;
     expected *= t.shape[i];

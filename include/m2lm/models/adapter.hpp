@@ -23,9 +23,10 @@ namespace detail {
 /// Reads adapter_config.json and adapter_model.safetensors (or .bin) of `adapter_directory` and changes the parameters, which hold the
 /// base model's values. Replaces what modules_to_save and biases say. Returns the bytes of memory that this takes.
 /// throws CheckpointError naming file, key or tensor: another kind of adapter than LoRA, a module that the model has not, other shapes
-/// than the base's, a rank that contradicts the config, targets without tensors. All that do not fit are named at once.
+/// than the base's, a rank that contradicts the config, targets without tensors (all that do not fit are named at once); without
+/// `follow_links`, links that lead out of the directory.
 std::size_t apply_adapter(std::span<const NamedParameter> parameters, std::string_view adapter_directory, AdapterMode mode,
-                          std::span<const NameRule> rules, const CheckpointLimits& limits);
+                          std::span<const NameRule> rules, const CheckpointLimits& limits, bool follow_links = false);
 
 }  // namespace detail
 }  // namespace m2lm

@@ -3,6 +3,7 @@
 #pragma once
 
 #include <m2lm/io/config.hpp>
+#include <m2lm/io/directory.hpp>
 #include <m2lm/io/file.hpp>
 #include <m2lm/io/pytorch.hpp>
 #include <m2lm/io/safetensors.hpp>
@@ -116,9 +117,10 @@ inline void refuse_variants(const ConfigValue& config) {
 }  // namespace adapters
 
 M2LM_IMPL std::size_t apply_adapter(std::span<const NamedParameter> parameters, std::string_view adapter_directory, AdapterMode mode,
-                                    std::span<const NameRule> rules, const CheckpointLimits& limits) {
+                                    std::span<const NameRule> rules, const CheckpointLimits& limits, bool follow_links) {
   using namespace adapters;  // NOLINT: the helpers above
   require<CheckpointError>(directory_exists(adapter_directory), "m2lm: there is no adapter directory ", adapter_directory);
+  if (!follow_links) require_own_files(adapter_directory);
   const ConfigValue config = ConfigValue::parse_file(join_path(adapter_directory, "adapter_config.json"), limits.json);
   if (!config.is_object()) config.fail("an object is wanted");
   refuse_variants(config);

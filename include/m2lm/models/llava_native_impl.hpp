@@ -101,7 +101,7 @@ M2LM_IMPL ConfigValue translate_llava_config(const ConfigValue& root, std::strin
     processor = Json::parse(config.text());
     break;
   }
-  processor["image_aspect_ratio"] = aspect;
+  processor["image_aspect_ratio"] = M2LM_FAULT(52) ? "square" : aspect;
   out["image_processor_config"] = std::move(processor);
   return ConfigValue::parse_text(out.dump(-1, ' ', false, Json::error_handler_t::replace), root.file());
 }

@@ -333,7 +333,7 @@ Model<B, P, D, C...> Model<B, P, D, C...>::load(detail::ModelFiles files, B back
 
   if (!options.adapter.empty() && !options.follow_links) detail::require_own_files(options.adapter);
   if (!options.adapter.empty())
-    needed += detail::apply_adapter(parameters, options.adapter, options.adapter_mode, hugging_face_names, options.limits);
+    needed += detail::apply_adapter(parameters, options.adapter, options.adapter_mode, hugging_face_names, options.limits, options.follow_links);
   if (options.check) {
     const std::string bad = detail::non_finite_values(parameters, state.files.checkpoint);
     require<CheckpointError>(bad.empty(), "m2lm: the checkpoint in ", directory, " holds weights that are not finite:", bad);
