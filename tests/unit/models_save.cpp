@@ -88,6 +88,22 @@ TEST_CASE("what goes with the tensors is saved: tokenizer, preprocessor, templat
   CHECK(has(message_of<m2lm::OptionError>([&] { lm.save_pretrained(other / "bad", {.dtype = DType::i8}); }), "i8"));
 }
 
+TEST_CASE("LLaVA's own layout is saved in transformers' words") {
+  const TemporaryDirectory directory;
+  const Vlm model = Vlm::from_pretrained(golden("native/inside"));
+  model.save_pretrained(directory / "saved");
+  for (const std::string& name : names_in(directory / "saved"))
+    CHECK_MESSAGE((name.starts_with("language_model.model.") || name == "language_model.lm_head.weight" || name.starts_with("vision_tower.vision_model.") ||
+                   name.starts_with("multi_modal_projector.linear_")),
+                  name);
+  const Vlm again = Vlm::from_pretrained(directory / "saved");
+  auto prompt = model.prompt("<image>\nWhat?");
+  m2lm::Image image{.width = 40, .height = 30, .pixels = std::vector<std::uint8_t>(3600)};
+  for (std::size_t i = 0; i < image.pixels.size(); ++i) image.pixels[i] = static_cast<std::uint8_t>(i * 7);
+  prompt.attach<"image">(image);
+  CHECK(same_bits(model.logits(prompt), again.logits(prompt)));
+}
+
 TEST_CASE("shards with an index, and back to one file") {
   const TemporaryDirectory directory;
   const std::string out = directory / "saved";
@@ -199,16 +215,18 @@ TEST_CASE("directories for transformers") {
     std::vector<m2lm::NamedTensor> tensors;
     if constexpr (std::tuple_size_v<decltype(prompt.attachments)> != 0) {
       const std::int32_t image = model.template placeholder_id<"image">();
-      const auto tokens = static_cast<std::size_t>(std::get<0>(m2lm::detail::ModelAccess::state(model).component).encoder.tokens());
-      prompt.ids.insert(prompt.ids.begin() + 4, tokens, image);
-      const auto& component = std::get<0>(m2lm::detail::ModelAccess::state(model).component);
-      m2lm::Arena arena;
-      m2lm::Context<Cpu> ctx{model.backend(), arena};
-      Tensor<float> features(Shape{static_cast<std::int64_t>(tokens), component.encoder.width()}), rows(Shape{static_cast<std::int64_t>(tokens), model.decoder_config().hidden_size});
-      component.encoder.forward(ctx, pixels, features.view<2>());
-      component.projector.forward(ctx, features.view<2>(), rows.view<2>());
-      prompt.template attach_embeddings<"image">(AnyTensor(std::move(rows)));
-      tensors.push_back({"pixel_values", AnyTensor(pixels.clone())});
+      if (image >= 0) {  // LLaVA's own layout has no such token: a prompt of text
+        const auto tokens = static_cast<std::size_t>(std::get<0>(m2lm::detail::ModelAccess::state(model).component).encoder.tokens());
+        prompt.ids.insert(prompt.ids.begin() + 4, tokens, image);
+        const auto& component = std::get<0>(m2lm::detail::ModelAccess::state(model).component);
+        m2lm::Arena arena;
+        m2lm::Context<Cpu> ctx{model.backend(), arena};
+        Tensor<float> features(Shape{static_cast<std::int64_t>(tokens), component.encoder.width()}), rows(Shape{static_cast<std::int64_t>(tokens), model.decoder_config().hidden_size});
+        component.encoder.forward(ctx, pixels, features.view<2>());
+        component.projector.forward(ctx, features.view<2>(), rows.view<2>());
+        prompt.template attach_embeddings<"image">(AnyTensor(std::move(rows)));
+        tensors.push_back({"pixel_values", AnyTensor(pixels.clone())});
+      }
     }
     Tensor<std::int32_t> ids(Shape{static_cast<std::int64_t>(prompt.ids.size())});
     std::copy(prompt.ids.begin(), prompt.ids.end(), ids.data());
@@ -225,6 +243,7 @@ TEST_CASE("directories for transformers") {
   write(Lm::from_config(config_of("llama/gqa_llama3_tied_f16"), 3), "from_config.llama", {}, pixels);
   for (const char* name : {"old_keys_m2_default", "new_keys_m1_full", "saved_keys_mistral_p1_default"})
     write(Vlm::from_pretrained(golden(std::string("llava/") + name)), name, {}, pixels);
+  write(Vlm::from_pretrained(golden("native/inside")), "native", {}, pixels);
   write(Vlm::from_config(config_of("llava/old_keys_m2_default"), 3), "from_config.llava", {}, pixels);
   write(Vlm::from_config(config_of("llava/saved_keys_mistral_p1_default"), 4), "from_config.mistral", {}, pixels);
 }

@@ -78,6 +78,39 @@ inline std::string config_text(const ConfigValue& config, std::string_view dtype
   return json.dump(2) + "\n";
 }
 
+/// A canonical name as the checkpoints of llava-hf have it: a decoder beside other components stands below language_model.
+inline std::string hugging_face_name(const std::string& canonical, bool nested) {
+  const bool decoder = canonical.starts_with("model.") || canonical.starts_with("lm_head.");
+  return nested && decoder ? "language_model." + canonical : canonical;
+}
+
+/// The names under which the tensors of a checkpoint are written: their own; in LLaVA's own layout those of transformers, as its
+/// configuration is written in transformers' words too.
+class Names {
+  bool translate_ = false;
+  std::map<std::string, std::string> bound_;                          // stored -> written
+  std::vector<std::pair<std::string, std::string>> prefixes_;          // of stored and canonical names whose ends agree
+
+ public:
+  Names(std::span<const NamedParameter> parameters, std::span<const std::string> stored, bool nested) {
+    for (std::size_t i = 0; i < stored.size(); ++i) {
+      const std::string &from = stored[i], &to = parameters[i].name;
+      translate_ = translate_ || from.starts_with("model.mm_projector.");
+      bound_.emplace(from, hugging_face_name(to, nested));
+      std::size_t same = 0;
+      while (same < from.size() && same < to.size() && from[from.size() - 1 - same] == to[to.size() - 1 - same]) ++same;
+      if (same < from.size()) prefixes_.emplace_back(from.substr(0, from.size() - same), to.substr(0, to.size() - same));
+    }
+  }
+  std::string operator()(const std::string& stored) const {
+    if (!translate_) return stored;
+    if (const auto found = bound_.find(stored); found != bound_.end()) return found->second;
+    for (const auto& [from, to] : prefixes_)
+      if (stored.starts_with(from)) return to + stored.substr(from.size());
+    return stored;
+  }
+};
+
 inline std::string shard_name(std::size_t i, std::size_t of) {
   char text[64];
   std::snprintf(text, sizeof(text), "model-%05zu-of-%05zu.safetensors", i + 1, of);
@@ -105,6 +138,7 @@ M2LM_IMPL void save_model(std::string_view directory, const SaveSource& source, 
     binding.push_back({p.name, &scratch.back()});
   }
   require_complete(bind_parameters(binding, source.checkpoint, hugging_face_names, &stored), source.checkpoint.directory());
+  const saving::Names written_name(source.parameters, stored, source.config.has_value("text_config"));
   std::map<std::string_view, const Parameter*> current;
   for (std::size_t i = 0; i < stored.size(); ++i) current.emplace(stored[i], source.parameters[i].parameter);
   const bool own_head = std::any_of(source.parameters.begin(), source.parameters.end(), [](const NamedParameter& p) { return p.name == "lm_head.weight"; });
@@ -113,7 +147,7 @@ M2LM_IMPL void save_model(std::string_view directory, const SaveSource& source, 
     const auto found = current.find(name);
     // A copy of a tied head would be the table of before the training.
     if (found == current.end() && !own_head && name.ends_with("lm_head.weight")) continue;
-    tensors.push_back({name, found == current.end() ? *source.checkpoint.find(name) : found->second->value});
+    tensors.push_back({written_name(name), found == current.end() ? *source.checkpoint.find(name) : found->second->value});
   }
   const auto bytes_of = [&](const NamedTensor& t) {
     return dtype == DType::inherit ? t.tensor.bytes() : static_cast<std::size_t>(t.tensor.shape().elements()) * dtype_size(dtype);
@@ -160,6 +194,9 @@ M2LM_IMPL void save_model(std::string_view directory, const SaveSource& source, 
     const std::string from = join_path(source.directory, name);
     if (!source.directory.empty() && file_exists(from)) write_file(writer / name, read_file(from));
   }
+  // LLaVA's own layout says in config.json how pictures are prepared.
+  if (const std::string pictures = writer / "preprocessor_config.json"; source.config.has_value("image_processor_config") && !file_exists(pictures))
+    write_file(pictures, source.config["image_processor_config"].text() + "\n");
   writer.commit(saving::belongs_to_checkpoint);
 }
 
@@ -212,8 +249,7 @@ M2LM_IMPL Checkpoint initial_checkpoint(const ConfigValue& config, std::span<con
     const initial::Rule rule = initial::rule_of(name, shape, config);
     Tensor<float> values(shape);
     for (float& x : values.span()) x = static_cast<float>(rule.deviation == 0 ? rule.mean : rule.mean + rule.deviation * initial::normal(rng));
-    const bool decoder = name.starts_with("model.") || name.starts_with("lm_head.");
-    tensors.push_back({(nested && decoder ? "language_model." : "") + name, AnyTensor(std::move(values))});
+    tensors.push_back({saving::hugging_face_name(name, nested), AnyTensor(std::move(values))});
   };
   for (const NamedParameter& p : parameters) add(p.name, p.parameter->shape);
 
