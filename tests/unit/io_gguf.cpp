@@ -1,6 +1,6 @@
 // Gguf: every block format against the ggml project's own Python, metadata of every type, and damage of every kind.
-#include <m2lm/io/gguf.hpp>
 #include <m2lm/io/file.hpp>
+#include <m2lm/io/gguf.hpp>
 #include <m2lm/io/safetensors.hpp>
 
 #include <doctest/doctest.h>
@@ -235,16 +235,18 @@ TEST_CASE("each limit holds at its edge") {
   Writer w;
   w.header(2, 2).key("key", 8).text("12345").key("k", 9).u32(9).u64(2).u32(0).u64(3).put('a').put('b').put('c').u32(0).u64(0);
   w.tensor("t", {1}, 0, 0).tensor("u", {1}, 0, 32).align().data(36);
-  const GgufLimits exact{.max_keys = 2, .max_tensors = 2, .max_name_bytes = 3, .max_string_bytes = 5, .max_array_elements = 5, .max_array_nesting = 2};
+  const GgufLimits exact{
+      .max_keys = 2, .max_tensors = 2, .max_name_bytes = 3, .max_string_bytes = 5, .max_array_elements = 5, .max_array_nesting = 2};
   CHECK(open(w, exact).names().size() == 2);
   struct Less {
     std::function<void(GgufLimits&)> lower;
     std::string said;
   };
-  for (const Less& less : {Less{[](GgufLimits& l) { l.max_keys = 1; }, "2 keys"}, Less{[](GgufLimits& l) { l.max_tensors = 1; }, "2 tensors"},
-                           Less{[](GgufLimits& l) { l.max_name_bytes = 2; }, "the name of key 0"}, Less{[](GgufLimits& l) { l.max_string_bytes = 4; }, "5 bytes"},
-                           Less{[](GgufLimits& l) { l.max_array_elements = 4; }, "elements of k"},
-                           Less{[](GgufLimits& l) { l.max_array_nesting = 1; }, "nested deeper than 1"}}) {
+  for (const Less& less :
+       {Less{[](GgufLimits& l) { l.max_keys = 1; }, "2 keys"}, Less{[](GgufLimits& l) { l.max_tensors = 1; }, "2 tensors"},
+        Less{[](GgufLimits& l) { l.max_name_bytes = 2; }, "the name of key 0"}, Less{[](GgufLimits& l) { l.max_string_bytes = 4; }, "5 bytes"},
+        Less{[](GgufLimits& l) { l.max_array_elements = 4; }, "elements of k"},
+        Less{[](GgufLimits& l) { l.max_array_nesting = 1; }, "nested deeper than 1"}}) {
     GgufLimits limits = exact;
     less.lower(limits);
     CHECK_MESSAGE(has(refusal(w, limits), less.said), less.said);

@@ -25,7 +25,8 @@ TEST_CASE("decoders in GGUF: hidden states, logits and greedy tokens equal trans
     const auto prompt = model.prompt(ids_of(record.tensor("input_ids")));
     const auto states = model.hidden_states(prompt);
     for (std::size_t i = 0; i < states.size(); ++i)
-      M2LM_CHECK_CLOSE(states[i], record.tensor("hidden_states." + std::to_string(i)), tolerance_of(model), name + " hidden_states." + std::to_string(i));
+      M2LM_CHECK_CLOSE(states[i], record.tensor("hidden_states." + std::to_string(i)), tolerance_of(model),
+                       name + " hidden_states." + std::to_string(i));
     const auto logits = model.logits(prompt);
     M2LM_CHECK_CLOSE(logits, record.tensor("logits"), tolerance_of(model), name + " logits");
     const std::vector<std::int32_t> greedy = ids_of(record.tensor("greedy"));

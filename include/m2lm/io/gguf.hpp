@@ -59,10 +59,10 @@ void dequantise_gguf(GgufType type, const std::byte* blocks, std::span<float> ou
 struct GgufLimits {
   std::size_t max_keys = std::size_t{1} << 16;
   std::size_t max_tensors = std::size_t{1} << 16;
-  std::size_t max_name_bytes = std::size_t{1} << 16;       ///< of a key or a tensor's name; the format's own limit for keys
-  std::size_t max_string_bytes = std::size_t{1} << 24;     ///< of a value
-  std::size_t max_array_elements = std::size_t{1} << 22;   ///< of all arrays together
-  int max_array_nesting = 4;                               ///< arrays of arrays
+  std::size_t max_name_bytes = std::size_t{1} << 16;      ///< of a key or a tensor's name; the format's own limit for keys
+  std::size_t max_string_bytes = std::size_t{1} << 24;    ///< of a value
+  std::size_t max_array_elements = std::size_t{1} << 22;  ///< of all arrays together
+  int max_array_nesting = 4;                              ///< arrays of arrays
 };
 
 /// One *.gguf file of version 2 or 3, little-endian. source: the format description of the ggml project: a header, metadata as typed

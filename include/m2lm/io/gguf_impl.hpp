@@ -23,15 +23,24 @@ namespace m2lm {
 namespace detail {
 
 inline constexpr std::array<GgufFormat, 18> gguf_formats{{
-    {GgufType::f32, "F32", 1, 4, DType::f32, false},      {GgufType::f16, "F16", 1, 2, DType::f16, false},
-    {GgufType::bf16, "BF16", 1, 2, DType::bf16, false},   {GgufType::f64, "F64", 1, 8, DType::f64, false},
-    {GgufType::i8, "I8", 1, 1, DType::i8, false},         {GgufType::i16, "I16", 1, 2, DType::i16, false},
-    {GgufType::i32, "I32", 1, 4, DType::i32, false},      {GgufType::i64, "I64", 1, 8, DType::i64, false},
-    {GgufType::q4_0, "Q4_0", 32, 18, DType::f32, true},   {GgufType::q4_1, "Q4_1", 32, 20, DType::f32, true},
-    {GgufType::q5_0, "Q5_0", 32, 22, DType::f32, true},   {GgufType::q5_1, "Q5_1", 32, 24, DType::f32, true},
-    {GgufType::q8_0, "Q8_0", 32, 34, DType::f32, true},   {GgufType::q2_k, "Q2_K", 256, 84, DType::f32, true},
-    {GgufType::q3_k, "Q3_K", 256, 110, DType::f32, true}, {GgufType::q4_k, "Q4_K", 256, 144, DType::f32, true},
-    {GgufType::q5_k, "Q5_K", 256, 176, DType::f32, true}, {GgufType::q6_k, "Q6_K", 256, 210, DType::f32, true},
+    {GgufType::f32, "F32", 1, 4, DType::f32, false},
+    {GgufType::f16, "F16", 1, 2, DType::f16, false},
+    {GgufType::bf16, "BF16", 1, 2, DType::bf16, false},
+    {GgufType::f64, "F64", 1, 8, DType::f64, false},
+    {GgufType::i8, "I8", 1, 1, DType::i8, false},
+    {GgufType::i16, "I16", 1, 2, DType::i16, false},
+    {GgufType::i32, "I32", 1, 4, DType::i32, false},
+    {GgufType::i64, "I64", 1, 8, DType::i64, false},
+    {GgufType::q4_0, "Q4_0", 32, 18, DType::f32, true},
+    {GgufType::q4_1, "Q4_1", 32, 20, DType::f32, true},
+    {GgufType::q5_0, "Q5_0", 32, 22, DType::f32, true},
+    {GgufType::q5_1, "Q5_1", 32, 24, DType::f32, true},
+    {GgufType::q8_0, "Q8_0", 32, 34, DType::f32, true},
+    {GgufType::q2_k, "Q2_K", 256, 84, DType::f32, true},
+    {GgufType::q3_k, "Q3_K", 256, 110, DType::f32, true},
+    {GgufType::q4_k, "Q4_K", 256, 144, DType::f32, true},
+    {GgufType::q5_k, "Q5_K", 256, 176, DType::f32, true},
+    {GgufType::q6_k, "Q6_K", 256, 210, DType::f32, true},
 }};
 
 /// Reads a block from its beginning to its end.
@@ -373,7 +382,8 @@ M2LM_IMPL Gguf Gguf::open(std::string_view path, const GgufLimits& limits) try {
         fail("rows of ", row, " elements are no whole blocks of ", entry.format->block, ", which ", entry.format->name, " comes in");
       std::uint64_t size = 0;
       if (__builtin_mul_overflow(elements / entry.format->block, static_cast<std::uint64_t>(entry.format->bytes), &size) || size > bytes.size())
-        fail("shape ", entry.shape.string(), " of ", entry.format->name, " takes more bytes than the ", bytes.size(), " of the file: it is truncated");
+        fail("shape ", entry.shape.string(), " of ", entry.format->name, " takes more bytes than the ", bytes.size(),
+             " of the file: it is truncated");
       entry.bytes = static_cast<std::size_t>(size);
     }
     file->names.push_back(name);
@@ -382,7 +392,8 @@ M2LM_IMPL Gguf Gguf::open(std::string_view path, const GgufLimits& limits) try {
 
   const std::size_t data_begin = (in.position() + alignment - 1) / alignment * alignment;
   for (auto& [name, entry] : file->entries) {
-    if (tensor_count != 0 && (data_begin > bytes.size() || entry.begin > bytes.size() - data_begin || entry.bytes > bytes.size() - data_begin - entry.begin))
+    if (tensor_count != 0 &&
+        (data_begin > bytes.size() || entry.begin > bytes.size() - data_begin || entry.bytes > bytes.size() - data_begin - entry.begin))
       in.fail("tensor \"", name, "\": its ", entry.bytes, " bytes begin at byte ", entry.begin, " of the data, the file holds ",
               bytes.size() - std::min(bytes.size(), data_begin), " bytes of data: it is truncated");
     entry.begin += data_begin;
@@ -391,9 +402,8 @@ M2LM_IMPL Gguf Gguf::open(std::string_view path, const GgufLimits& limits) try {
     const File::Entry& entry = file->entries.at(name);
     return std::pair(entry.begin, entry.bytes);
   };
-  std::sort(file->names.begin(), file->names.end(), [&](const std::string& a, const std::string& b) {
-    return position(a) != position(b) ? position(a) < position(b) : a < b;
-  });
+  std::sort(file->names.begin(), file->names.end(),
+            [&](const std::string& a, const std::string& b) { return position(a) != position(b) ? position(a) < position(b) : a < b; });
   // Tensors that share their bytes would let a small file ask for any amount of memory.
   std::size_t covered = 0;
   std::string_view before;

@@ -32,10 +32,10 @@ struct GgufModel {
 
   /// A tensor under its Hugging Face name and where it is.
   struct Source {
-    std::string name;         ///< model.layers.0.self_attn.q_proj.weight; with a companion, language_model.model.…
+    std::string name;  ///< model.layers.0.self_attn.q_proj.weight; with a companion, language_model.model.…
     Gguf file;
-    std::string stored;       ///< blk.0.attn_q.weight
-    std::int64_t heads = 0;   ///< rows are stored with the halves of so many heads interleaved; 0 = as they are
+    std::string stored;      ///< blk.0.attn_q.weight
+    std::int64_t heads = 0;  ///< rows are stored with the halves of so many heads interleaved; 0 = as they are
   };
   /// All tensors, in the order of the files; what has no name there keeps its own.
   std::vector<Source> sources() const;

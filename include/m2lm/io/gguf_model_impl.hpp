@@ -144,8 +144,8 @@ M2LM_IMPL std::optional<GgufModel> GgufModel::find(std::string_view path, const 
   const std::int64_t projected = detail::gguf_projected_width(vision);
   // Beside a file that was named itself, a companion may be of another model.
   if (!directory && width != projected) return out;
-  require<CheckpointError>(width == projected, vision.path(), ": projects to a width of ", projected, ", ", text, " has llama.embedding_length = ", width,
-                           ": the two are not of one model");
+  require<CheckpointError>(width == projected, vision.path(), ": projects to a width of ", projected, ", ", text,
+                           " has llama.embedding_length = ", width, ": the two are not of one model");
   out.vision = std::move(vision);
   return out;
 }
@@ -153,7 +153,8 @@ M2LM_IMPL std::optional<GgufModel> GgufModel::find(std::string_view path, const 
 M2LM_IMPL ConfigValue GgufModel::config() const {
   const ConfigValue& meta = text.metadata();
   const auto architecture = meta.get<std::string>("general.architecture");
-  if (architecture != "llama") meta["general.architecture"].fail(concat("\"", architecture, "\" is not supported; llama is (LLaMA, Vicuna, Mistral)"));
+  if (architecture != "llama")
+    meta["general.architecture"].fail(concat("\"", architecture, "\" is not supported; llama is (LLaMA, Vicuna, Mistral)"));
   if (meta.get_or<std::int64_t>("split.count", 0) > 1)
     meta["split.count"].fail("a model in several GGUF files is not supported; join them with llama.cpp's llama-gguf-split --merge");
   if (meta.get_or<std::int64_t>("llama.expert_count", 0) > 0) meta["llama.expert_count"].fail("mixtures of experts are not supported");
@@ -166,7 +167,8 @@ M2LM_IMPL ConfigValue GgufModel::config() const {
   if (meta.get_or<std::int64_t>("llama.rope.dimension_count", head_dim) != head_dim)
     meta["llama.rope.dimension_count"].fail(concat("rotating a part of the heads, which have ", head_dim, " values, is not supported"));
   const std::string table = "token_embd.weight";
-  if (!text.contains(table) || text.shape(table).rank() != 2) throw CheckpointError(concat(text.path(), ": the tensor \"", table, "\" is missing or no matrix"));
+  if (!text.contains(table) || text.shape(table).rank() != 2)
+    throw CheckpointError(concat(text.path(), ": the tensor \"", table, "\" is missing or no matrix"));
 
   JsonWriter w;
   w.begin_object();
@@ -177,7 +179,8 @@ M2LM_IMPL ConfigValue GgufModel::config() const {
   w.member("vocab_size", text.shape(table)[0]).member("hidden_size", width).member("head_dim", head_dim).member("num_attention_heads", heads);
   w.member("intermediate_size", detail::one_for_all_layers(meta, "llama.feed_forward_length"));
   w.member("num_hidden_layers", meta.get<std::int64_t>("llama.block_count"));
-  w.member("num_key_value_heads", meta.has_value("llama.attention.head_count_kv") ? detail::one_for_all_layers(meta, "llama.attention.head_count_kv") : heads);
+  w.member("num_key_value_heads",
+           meta.has_value("llama.attention.head_count_kv") ? detail::one_for_all_layers(meta, "llama.attention.head_count_kv") : heads);
   w.member("max_position_embeddings", meta.get<std::int64_t>("llama.context_length"));
   w.member("rms_norm_eps", meta.get<double>("llama.attention.layer_norm_rms_epsilon"));
   w.member("tie_word_embeddings", !text.contains("output.weight"));
@@ -226,7 +229,8 @@ M2LM_IMPL ConfigValue GgufModel::config() const {
     std::int64_t layer = -1;
     if (see.has_value("clip.vision.feature_layer")) {
       const auto layers = see.get_list<std::int64_t>("clip.vision.feature_layer");
-      if (layers.size() != 1) see["clip.vision.feature_layer"].fail(concat("features of ", layers.size(), " layers are not supported; of one they are"));
+      if (layers.size() != 1)
+        see["clip.vision.feature_layer"].fail(concat("features of ", layers.size(), " layers are not supported; of one they are"));
       layer = layers.front();
     }
     // llama.cpp puts features between pieces of text and needs no token for them; here one behind the vocabulary stands for the picture.
@@ -279,8 +283,8 @@ M2LM_IMPL AnyTensor GgufModel::read(const Source& source) {
   const Shape& shape = stored.shape();
   if (source.heads == 0 || shape.rank() == 0) return stored;
   const std::int64_t rows = shape[0];
-  require<CheckpointError>(source.heads > 0 && rows % source.heads == 0 && rows / source.heads % 2 == 0, source.file.path(), ": tensor \"", source.stored, "\" has ", rows, " rows, which ",
-                           source.heads, " heads do not share in halves");
+  require<CheckpointError>(source.heads > 0 && rows % source.heads == 0 && rows / source.heads % 2 == 0, source.file.path(), ": tensor \"",
+                           source.stored, "\" has ", rows, " rows, which ", source.heads, " heads do not share in halves");
   const std::size_t row_bytes = rows == 0 ? 0 : stored.bytes() / static_cast<std::size_t>(rows);
   const std::int64_t half = rows / source.heads / 2;
   auto bytes = std::make_shared<Tensor<std::uint8_t>>(Shape{static_cast<std::int64_t>(stored.bytes())});
@@ -311,7 +315,8 @@ M2LM_IMPL std::vector<std::int32_t> GgufModel::stop_tokens() const {
   const auto add = [&](std::optional<std::int32_t> id) {
     if (id && std::find(out.begin(), out.end(), *id) == out.end()) out.push_back(*id);
   };
-  for (const char* key : {"tokenizer.ggml.eos_token_id", "tokenizer.ggml.eot_token_id", "tokenizer.ggml.eom_token_id"}) add(detail::gguf_token(meta, key));
+  for (const char* key : {"tokenizer.ggml.eos_token_id", "tokenizer.ggml.eot_token_id", "tokenizer.ggml.eom_token_id"})
+    add(detail::gguf_token(meta, key));
   // Files that say only what ends a text: the vocabulary has what ends a turn. Only a control token counts, not text that looks like one.
   if (!meta.has_value("tokenizer.ggml.tokens") || !meta.has_value("tokenizer.ggml.token_type")) return out;
   const ConfigValue tokens = meta["tokenizer.ggml.tokens"], types = meta["tokenizer.ggml.token_type"];

@@ -44,7 +44,8 @@ M2LM_IMPL TokenizerFiles read_gguf_added(const ConfigValue& meta, const GgufVoca
     if (control || vocabulary.kinds[i] == GgufTokenKind::user_defined)
       add_token(files, {vocabulary.tokens[i], static_cast<std::int32_t>(i), control, false, false, false, false}, meta.file());
   }
-  for (const auto& [name, role] : {std::pair("bos_token", "bos"), std::pair("eos_token", "eos"), std::pair("unk_token", "unknown"), std::pair("pad_token", "padding")}) {
+  for (const auto& [name, role] :
+       {std::pair("bos_token", "bos"), std::pair("eos_token", "eos"), std::pair("unk_token", "unknown"), std::pair("pad_token", "padding")}) {
     const std::string key = concat("tokenizer.ggml.", role, "_token_id");
     const std::optional<std::int32_t> id = gguf_token(meta, key);
     if (!id) continue;
@@ -56,7 +57,8 @@ M2LM_IMPL TokenizerFiles read_gguf_added(const ConfigValue& meta, const GgufVoca
   }
   if (!placeholder.empty()) {
     const auto known = std::find(vocabulary.tokens.begin(), vocabulary.tokens.end(), placeholder);
-    add_token(files, {std::string(placeholder), static_cast<std::int32_t>(known - vocabulary.tokens.begin()), true, false, false, false, false}, meta.file());
+    add_token(files, {std::string(placeholder), static_cast<std::int32_t>(known - vocabulary.tokens.begin()), true, false, false, false, false},
+              meta.file());
   }
   return files;
 }
