@@ -174,7 +174,8 @@ TEST_CASE("from_config: seeded, as transformers initialises, and complete") {
   };
   const auto close = [&](const char* name, double expected) {
     const auto n = static_cast<double>(saved.find(name)->shape().elements());
-    const auto [mean, root] = deviation(name);
+    const std::pair<double, double> moments = deviation(name);
+    const double mean = moments.first, root = moments.second;
     // Five standard errors of a mean and of a standard deviation.
     CHECK_MESSAGE(std::abs(mean) < 5 * expected / std::sqrt(n), std::string(name), " mean ", mean);
     CHECK_MESSAGE(std::abs(root - expected) < 5 * expected / std::sqrt(2 * n), std::string(name), " deviation ", root);

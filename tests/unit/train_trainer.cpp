@@ -172,8 +172,9 @@ TEST_CASE("what is frozen stays, what is trained moves, both by pattern") {
   CHECK(trainer.loss(batch) < 0.5 * first);
   CHECK(trainer.steps() == 16);
   int moved = 0;
-  for (const auto& [name, values] : values_of(trainer.model())) {
-    const bool same = values == before.at(name);
+  for (const auto& item : values_of(trainer.model())) {
+    const std::string& name = item.first;
+    const bool same = item.second == before.at(name);
     CHECK_MESSAGE(same != selection.trains(name), name);
     moved += same ? 0 : 1;
   }
@@ -277,8 +278,8 @@ TEST_CASE("what cannot be trained is said, and nothing changes") {
   const auto before = values_of(trainer.model());
   CHECK(has(message_of<m2lm::Error>([&] { trainer.step(batch); }), "not finite"));
   CHECK(trainer.steps() == 1);
-  for (const auto& [name, values] : values_of(trainer.model()))
-    CHECK_MESSAGE(std::memcmp(values.data(), before.at(name).data(), values.size() * sizeof(float)) == 0, name);
+  for (const auto& item : values_of(trainer.model()))
+    CHECK_MESSAGE(std::memcmp(item.second.data(), before.at(item.first).data(), item.second.size() * sizeof(float)) == 0, item.first);
 }
 
 }  // namespace
