@@ -1,8 +1,10 @@
 #!/usr/bin/env python3
 """Exit codes, what goes to which stream, wrong options, and files that cannot be used."""
 
+import json
 import pathlib
 import shutil
+import struct
 import sys
 import tempfile
 import unittest
@@ -132,6 +134,21 @@ class CommandLine(unittest.TestCase):
         self.fails(1, ["model.safetensors"], "m2lm-caption", "--model", broken, PICTURE)
         (broken / "config.json").write_text("{")
         self.fails(1, ["config.json"], "m2lm-caption", "--model", broken, PICTURE)
+
+    def test_check_names_weights_that_are_not_finite(self):
+        result = run(*self.caption("--check", PICTURE))
+        self.assertEqual((result.status, result.err), (0, ""))
+        damaged = self.directory / "nan"
+        shutil.copytree(TINY, damaged)
+        weights = damaged / "model.safetensors"
+        data = bytearray(weights.read_bytes())
+        length = struct.unpack_from("<Q", data)[0]
+        header = json.loads(data[8:8 + length])
+        name, entry = next((name, entry) for name, entry in sorted(header.items()) if name.endswith("norm.weight"))
+        self.assertEqual(entry["dtype"], "F32")
+        struct.pack_into("<f", data, 8 + length + entry["data_offsets"][0] + 4, float("nan"))
+        weights.write_bytes(data)
+        self.fails(1, ["not finite", name, "[1]", "NaN", "model.safetensors"], "m2lm-caption", "--model", damaged, "--check", PICTURE)
 
     def test_dump_to_a_place_that_is_not_there(self):
         self.fails(1, ["nowhere"], *self.caption("--dump", self.directory / "nowhere" / "x.safetensors", PICTURE))
