@@ -162,11 +162,12 @@ TEST_CASE("pickles that are damaged, hold themselves or nest deeply") {
   CHECK(refused(PickleText().raw("}NN").raw(deep).raw("s.")).empty());
   CHECK(has(refused(PickleText().raw(std::string(1'000'000, '('))), "ends without STOP"));
   // A pickle at the limit, and one byte above it.
-  const std::string fill(m2lm::max_pickle_bytes - 5, ')');
-  const std::string pops = PickleText().raw("}").raw(std::string((m2lm::max_pickle_bytes - 4) / 2, ')')).raw(std::string((m2lm::max_pickle_bytes - 4) / 2, '0')).raw(".").text();
-  CHECK(pops.size() == m2lm::max_pickle_bytes);
-  CHECK(refusal(torch_file(pops, {})).empty());
-  CHECK(has(refusal(torch_file(pops + ".", {})), "data.pkl is 16777217 bytes long, more than the 16777216"));
+  const m2lm_test::TemporaryDirectory dir;
+  const std::string pickle = PickleText().raw("}.").text(), path = dir.write("x.bin", torch_file(pickle, {}));
+  CHECK(PytorchFile::open(path, {.max_pickle_bytes = pickle.size()}).names().empty());
+  CHECK(has(message_of<CheckpointError>([&] { (void)PytorchFile::open(path, {.max_pickle_bytes = pickle.size() - 1}); }),
+            "the pickle is 4 bytes long, more than the 3 allowed (PytorchLimits::max_pickle_bytes)"));
+  CHECK(has(message_of<m2lm::OptionError>([&] { (void)PytorchFile::open(path, {.max_pickle_bytes = (std::size_t{1} << 31) + 1}); }), "is above 2147483648"));
 }
 
 TEST_CASE("tensors that do not lie inside their storage") {

@@ -5,6 +5,7 @@
 #include <m2lm/core/tensor.hpp>
 #include <m2lm/io/config.hpp>
 #include <m2lm/io/gguf.hpp>
+#include <m2lm/io/pickle.hpp>
 #include <m2lm/io/safetensors.hpp>
 
 #include <cstddef>
@@ -19,6 +20,7 @@ namespace m2lm {
 struct CheckpointLimits {
   JsonLimits json = {};
   SafetensorsLimits safetensors = {};
+  PytorchLimits pytorch = {};
   GgufLimits gguf = {};
 };
 

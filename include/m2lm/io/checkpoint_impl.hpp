@@ -72,7 +72,7 @@ struct Checkpoint::State {
     };
     const std::size_t number = files.size();
     if (path.ends_with(".bin")) {
-      const PytorchFile file = PytorchFile::open(path);
+      const PytorchFile file = PytorchFile::open(path, limits.pytorch);
       return take(file, [&](const std::string& name) { return Entry{number, file.tensor(name)}; });
     }
     const Safetensors file = Safetensors::open(path, limits.safetensors);

@@ -22,13 +22,15 @@ struct PickledTensor {
   std::vector<std::int64_t> shape, strides;  ///< max_rank extents at most
 };
 
-/// A pickle longer than this is no state dict: it takes about 150 bytes for each tensor.
-inline constexpr std::size_t max_pickle_bytes = std::size_t{1} << 24;
+/// Limits of a PyTorch file.
+struct PytorchLimits {
+  std::size_t max_pickle_bytes = std::size_t{1} << 24;  ///< a state dict takes about 150 for each tensor; at most 2^31
+};
 
 /// The tensors of the state dict that the pickle builds, in its order; other values of it are left out. A pickle is a program; this
 /// interpreter knows only the steps and names that torch.save of a state dict uses, and calls nothing.
 /// throws CheckpointError naming `file`, the position, and the opcode or global that is not of these.
 /// Source: CPython's Lib/pickletools.py for the opcodes; torch/_utils.py and torch/serialization.py for what torch puts in.
-std::vector<PickledTensor> read_pickled_tensors(std::span<const std::byte> pickle, std::string_view file);
+std::vector<PickledTensor> read_pickled_tensors(std::span<const std::byte> pickle, std::string_view file, const PytorchLimits& limits = {});
 
 }  // namespace m2lm

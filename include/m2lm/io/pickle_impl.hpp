@@ -80,7 +80,6 @@ class PickleMachine {
   PickleMachine(std::span<const std::byte> bytes, std::string_view file) : bytes_(bytes), file_(file) {}
 
   std::vector<PickledTensor> run() {
-    check(bytes_.size() <= max_pickle_bytes, "is ", bytes_.size(), " bytes long, more than the ", max_pickle_bytes, " that a state dict takes");
     while (step()) {
     }
     check(marks_.empty() && stack_.size() == 1, "ends with ", stack_.size(), " values on its stack instead of one");
@@ -350,7 +349,11 @@ class PickleMachine {
 
 namespace m2lm {
 
-M2LM_IMPL std::vector<PickledTensor> read_pickled_tensors(std::span<const std::byte> pickle, std::string_view file) {
+M2LM_IMPL std::vector<PickledTensor> read_pickled_tensors(std::span<const std::byte> pickle, std::string_view file, const PytorchLimits& limits) {
+  constexpr std::size_t most = std::size_t{1} << 31;  // positions and counts are kept in 32 bits
+  require<OptionError>(limits.max_pickle_bytes <= most, "m2lm: PytorchLimits::max_pickle_bytes = ", limits.max_pickle_bytes, " is above ", most);
+  require<CheckpointError>(pickle.size() <= limits.max_pickle_bytes, file, ": the pickle is ", pickle.size(), " bytes long, more than the ",
+                           limits.max_pickle_bytes, " allowed (PytorchLimits::max_pickle_bytes); a state dict takes about 150 for each tensor");
   return detail::PickleMachine(pickle, file).run();
 }
 

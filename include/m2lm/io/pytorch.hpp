@@ -4,6 +4,7 @@
 
 #include <m2lm/core/tensor.hpp>
 #include <m2lm/io/file.hpp>
+#include <m2lm/io/pickle.hpp>
 
 #include <memory>
 #include <span>
@@ -22,7 +23,7 @@ class PytorchFile {
   /// Maps the file. A contiguous tensor is a view of it, another is copied into order; the copies together take no more bytes than
   /// the file has. throws CheckpointError naming file and tensor: not of that format, a pickle that is no state dict, a tensor outside
   /// its storage or larger than it.
-  static PytorchFile open(std::string_view path);
+  static PytorchFile open(std::string_view path, const PytorchLimits& limits = {});
 
   /// In the order of the state dict.
   std::span<const std::string> names() const;

@@ -78,7 +78,7 @@ M2LM_IMPL AnyTensor copy_in_order(const PickledTensor& t, const std::byte* stora
 
 }  // namespace detail
 
-M2LM_IMPL PytorchFile PytorchFile::open(std::string_view path) {
+M2LM_IMPL PytorchFile PytorchFile::open(std::string_view path, const PytorchLimits& limits) {
   auto file = std::make_shared<File>();
   MappedFile mapping = MappedFile::open(path);
   const auto first = mapping.bytes().first(std::min<std::size_t>(mapping.bytes().size(), 2));
@@ -104,13 +104,12 @@ M2LM_IMPL PytorchFile PytorchFile::open(std::string_view path) {
     const auto bytes = archive.bytes(*order);
     check(std::string_view(reinterpret_cast<const char*>(bytes.data()), bytes.size()) == "little", "was written on a machine of another byte order");
   }
-  check(pickle->size <= max_pickle_bytes, "its data.pkl is ", pickle->size, " bytes long, more than the ", max_pickle_bytes, " that a state dict takes");
 
   std::size_t copied = 0;
   // Tensors that share everything share the copy, too.
   using Key = std::tuple<std::string_view, DType, std::int64_t, std::vector<std::int64_t>, std::vector<std::int64_t>>;
   std::map<Key, AnyTensor> copies;
-  for (const PickledTensor& t : read_pickled_tensors(archive.checked_bytes(*pickle), path)) {
+  for (const PickledTensor& t : read_pickled_tensors(archive.checked_bytes(*pickle), path, limits)) {
     const std::string name(t.name);
     const std::string where = concat(path, ": tensor \"", detail::shown(name, 200), "\": ");
     const std::int64_t elements = detail::checked_elements(t, where);

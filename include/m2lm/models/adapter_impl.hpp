@@ -32,7 +32,7 @@ inline std::vector<NamedTensor> read_tensors(std::string_view directory, const C
   const std::string pickled = join_path(directory, "adapter_model.bin");
   require<CheckpointError>(file_exists(pickled), directory, ": holds neither adapter_model.safetensors nor adapter_model.bin");
   path = pickled;
-  const PytorchFile file = PytorchFile::open(path);
+  const PytorchFile file = PytorchFile::open(path, limits.pytorch);
   for (const std::string& name : file.names()) out.push_back({name, file.tensor(name)});
   return out;
 }
