@@ -89,7 +89,7 @@ void mutate(Json& root, Random& random) {
       if (at->is_object()) (*at)[std::string(1 + below(random, 3), static_cast<char>('a' + below(random, 26)))] = some_json(random);
       break;
     case 4:
-      if (at->is_number_integer()) *at = at->get<std::int64_t>() + static_cast<std::int64_t>(below(random, 3)) - 1;
+      if (at->is_number_integer()) *at = static_cast<std::int64_t>(at->get<std::uint64_t>() + below(random, 3) - 1);
       break;
     case 5:
       if (at->is_boolean()) *at = !at->get<bool>();
