@@ -3,7 +3,6 @@
 #pragma once
 
 #include <m2lm/io/checkpoint.hpp>
-#include <m2lm/io/directory.hpp>
 #include <m2lm/io/tokenizer.hpp>
 #include <m2lm/layers/kv_cache.hpp>
 #include <m2lm/models/adapter.hpp>
@@ -331,7 +330,6 @@ Model<B, P, D, C...> Model<B, P, D, C...>::load(detail::ModelFiles files, B back
   if (!options.allow_unexpected && !state.report.unexpected.empty())
     throw CheckpointError(concat("m2lm: the checkpoint in ", directory, " holds tensors that the model does not know:", state.report.string()));
 
-  if (!options.adapter.empty() && !options.follow_links) detail::require_own_files(options.adapter);
   if (!options.adapter.empty())
     needed += detail::apply_adapter(parameters, options.adapter, options.adapter_mode, hugging_face_names, options.limits, options.follow_links);
   if (options.check) {
