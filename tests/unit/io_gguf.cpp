@@ -1,6 +1,7 @@
 // Gguf: every block format against the ggml project's own Python, metadata of every type, and damage of every kind.
 #include <m2lm/io/file.hpp>
 #include <m2lm/io/gguf.hpp>
+#include <m2lm/io/gguf_model.hpp>
 #include <m2lm/io/safetensors.hpp>
 
 #include <doctest/doctest.h>
@@ -229,6 +230,22 @@ TEST_CASE("a type that is not known is an error only when the tensor is asked fo
   CHECK(file.tensor("y").bytes() == 8);
   const std::string message = message_of<CheckpointError>([&] { file.tensor("x"); });
   CHECK_MESSAGE((has(message, "file.gguf") && has(message, "\"x\"") && has(message, "type 16") && has(message, "Q6_K")), message);
+}
+
+TEST_CASE("rows in another order: counts that do not fit, and any number of rows without columns") {
+  Writer w;
+  w.header(3, 0).tensor("odd", {1, 6}, 0, 0).tensor("none", {0, std::uint64_t{1} << 52U}, 0, 32).tensor("even", {1, 8}, 0, 32);
+  w.align().data(32);
+  for (int i = 0; i < 8; ++i) w.put(static_cast<float>(i));
+  const Gguf file = open(w);
+  const auto read = [&](const std::string& name, std::int64_t heads) { return m2lm::GgufModel::read({"", file, name, heads}); };
+  CHECK(read("none", 4).shape()[0] == std::int64_t{1} << 52U);
+  const auto even = read("even", 2).to<float>();
+  CHECK(std::vector<float>(even.data(), even.data() + 8) == std::vector<float>{0, 2, 1, 3, 4, 6, 5, 7});
+  for (const std::int64_t heads : {std::int64_t{2}, std::int64_t{4}, std::int64_t{-1}, std::int64_t{1} << 62U}) {
+    const std::string message = message_of<CheckpointError>([&] { read("odd", heads); });
+    CHECK_MESSAGE((has(message, "odd") && has(message, "6 rows") && has(message, std::to_string(heads) + " heads")), message);
+  }
 }
 
 TEST_CASE("each limit holds at its edge") {

@@ -281,11 +281,11 @@ M2LM_IMPL std::vector<GgufModel::Source> GgufModel::sources() const {
 M2LM_IMPL AnyTensor GgufModel::read(const Source& source) {
   AnyTensor stored = source.file.tensor(source.stored);
   const Shape& shape = stored.shape();
-  if (source.heads == 0 || shape.rank() == 0) return stored;
+  if (source.heads == 0 || stored.bytes() == 0 || shape.rank() == 0) return stored;  // rows without columns may be any number
   const std::int64_t rows = shape[0];
   require<CheckpointError>(source.heads > 0 && rows % source.heads == 0 && rows / source.heads % 2 == 0, source.file.path(), ": tensor \"",
                            source.stored, "\" has ", rows, " rows, which ", source.heads, " heads do not share in halves");
-  const std::size_t row_bytes = rows == 0 ? 0 : stored.bytes() / static_cast<std::size_t>(rows);
+  const std::size_t row_bytes = stored.bytes() / static_cast<std::size_t>(rows);
   const std::int64_t half = rows / source.heads / 2;
   auto bytes = std::make_shared<Tensor<std::uint8_t>>(Shape{static_cast<std::int64_t>(stored.bytes())});
   for (std::int64_t row = 0; row < rows; ++row) {  // of the result: head, half, place
