@@ -15,13 +15,13 @@ struct TensorFact {
 };
 
 struct Facts {
-  std::string layout;                ///< "Hugging Face", "LLaVA's own", "GGUF"
+  std::string layout;  ///< "Hugging Face", "LLaVA's own", "GGUF"
   std::string model_type, architecture;
-  m2lm::ConfigValue config{};        ///< in transformers' words; null when there is none that can be read
+  m2lm::ConfigValue config{};  ///< in transformers' words; null when there is none that can be read
   std::vector<TensorFact> tensors;
   std::optional<m2lm::Tokenizer> tokenizer;
   std::string tokenizer_kind, chat_template;
-  std::vector<std::string> problems; ///< sentences on what is not there or cannot be read
+  std::vector<std::string> problems;  ///< sentences on what is not there or cannot be read
   // Of the model that loads it.
   std::string decoder, encoder, loaded_by;
   std::int64_t matrices = 0, vectors = 0;  ///< elements
@@ -91,7 +91,8 @@ void read_directory(Facts& facts, const std::string& directory, const std::strin
       facts.config = m2lm::detail::translate_llava_config(facts.config, directory, tower);
       if (!tower.empty() && checkpoint && m2lm::directory_exists(tower)) {
         const std::vector<std::string> names = checkpoint->names();
-        const bool inside = std::any_of(names.begin(), names.end(), [](const std::string& n) { return n.find("vision_tower.") != std::string::npos; });
+        const bool inside =
+            std::any_of(names.begin(), names.end(), [](const std::string& n) { return n.find("vision_tower.") != std::string::npos; });
         if (!inside) checkpoint = checkpoint->joined(m2lm::Checkpoint::open(tower));
       }
     });
@@ -142,16 +143,17 @@ void find_model(Facts& facts) {
     decoder.emplace(c);
     for_each_parameter(collect, *decoder);
     const m2lm::ConfigValue text = config.has_value("text_config") ? config["text_config"] : config;
-    facts.decoder = concat(text.get_or<std::string>("model_type", "llama"), ": ", c.num_layers, " layers, hidden ", c.hidden_size, ", heads ", c.num_heads, "/",
-                           c.num_kv_heads, " of ", c.head_dim, ", vocabulary ", c.vocab_size, ", context ", c.max_position_embeddings);
+    facts.decoder =
+        concat(text.get_or<std::string>("model_type", "llama"), ": ", c.num_layers, " layers, hidden ", c.hidden_size, ", heads ", c.num_heads, "/",
+               c.num_kv_heads, " of ", c.head_dim, ", vocabulary ", c.vocab_size, ", context ", c.max_position_embeddings);
   }
   if (sees || type == "clip_vision_model") {
     m2lm::ClipVisionConfig c;
     read_config(config, c);
     encoder.emplace(c);
     for_each_parameter(collect, *encoder, "vision_tower");
-    facts.encoder = concat("CLIP: ", c.num_layers, " layers, hidden ", c.hidden_size, ", ", c.image_size, "x", c.image_size, " in patches of ", c.patch_size, ", layer ",
-                           c.feature_layer, ", ", encoder->tokens(), " tokens");
+    facts.encoder = concat("CLIP: ", c.num_layers, " layers, hidden ", c.hidden_size, ", ", c.image_size, "x", c.image_size, " in patches of ",
+                           c.patch_size, ", layer ", c.feature_layer, ", ", encoder->tokens(), " tokens");
   }
   if (decoder && encoder) {
     m2lm::ProjectorConfig c{.input_width = encoder->width(), .output_width = decoder->config().hidden_size};
@@ -170,13 +172,15 @@ void find_model(Facts& facts) {
     facts.encoder += concat("; projector of ", layers, layers == 1 ? " layer" : " layers");
   }
   if (decoder && encoder)
-    facts.loaded_by = concat("m2lm::Model<Backend, Precision, m2lm::LlamaDecoder<>, m2lm::Modality<\"image\", m2lm::ClipVit<>, ", projector_type, ">>");
+    facts.loaded_by =
+        concat("m2lm::Model<Backend, Precision, m2lm::LlamaDecoder<>, m2lm::Modality<\"image\", m2lm::ClipVit<>, ", projector_type, ">>");
   else if (decoder)
     facts.loaded_by = "m2lm::Model<Backend, Precision, m2lm::LlamaDecoder<>>";
   else if (encoder)
     facts.loaded_by = "m2lm::ClipVit<>, an encoder alone";
   else
-    throw m2lm::CheckpointError(concat(config.file(), ": no model of the library loads model_type \"", type, "\"; llama, mistral, llava and clip are known"));
+    throw m2lm::CheckpointError(
+        concat(config.file(), ": no model of the library loads model_type \"", type, "\"; llama, mistral, llava and clip are known"));
   compare(facts, std::move(parameters));
 }
 
@@ -189,7 +193,9 @@ std::string human(double bytes) {
   return text;
 }
 
-void line(const char* key, const std::string& value) { program::print_line(m2lm::concat(key, std::string(16 - std::string_view(key).size(), ' '), value)); }
+void line(const char* key, const std::string& value) {
+  program::print_line(m2lm::concat(key, std::string(16 - std::string_view(key).size(), ' '), value));
+}
 
 void print_tensors(const Facts& facts, bool summary) {
   for (const std::string& problem : facts.problems) line("problem", problem);
@@ -205,21 +211,22 @@ void print_text(const Facts& facts, bool summary) {
     ++files[t.file];
     bytes += t.bytes;
   }
-  line("model", m2lm::concat(facts.model_type.empty() ? "?" : facts.model_type, facts.architecture.empty() ? "" : " (" + facts.architecture + ")", ", ", facts.layout,
-                             " layout"));
+  line("model", m2lm::concat(facts.model_type.empty() ? "?" : facts.model_type, facts.architecture.empty() ? "" : " (" + facts.architecture + ")",
+                             ", ", facts.layout, " layout"));
   if (!facts.decoder.empty()) line("decoder", facts.decoder);
   if (!facts.encoder.empty()) line("image", facts.encoder);
   std::string kinds;
   for (const auto& [dtype, count] : dtypes) kinds += m2lm::concat(kinds.empty() ? "" : ", ", count, " ", dtype);
-  line("tensors", m2lm::concat(facts.tensors.size(), " in ", files.size(), files.size() == 1 ? " file" : " files", ", ", human(static_cast<double>(bytes)),
-                               kinds.empty() ? "" : " (" + kinds + ")"));
+  line("tensors", m2lm::concat(facts.tensors.size(), " in ", files.size(), files.size() == 1 ? " file" : " files", ", ",
+                               human(static_cast<double>(bytes)), kinds.empty() ? "" : " (" + kinds + ")"));
   if (!facts.loaded_by.empty()) {
     line("parameters", std::to_string(facts.matrices + facts.vectors));
     std::string sizes;
     for (const Format& f : formats) sizes += m2lm::concat(sizes.empty() ? "" : ", ", f.name, " ", human(memory(facts, f)));
     line("memory", sizes);
     line("loaded by", facts.loaded_by);
-    for (const auto& [key, list] : {std::pair{"missing", &facts.report.missing}, {"other shape", &facts.report.misshaped}, {"unexpected", &facts.report.unexpected}}) {
+    for (const auto& [key, list] :
+         {std::pair{"missing", &facts.report.missing}, {"other shape", &facts.report.misshaped}, {"unexpected", &facts.report.unexpected}}) {
       if (list->empty()) line(key, "nothing");
       for (const std::string& entry : *list) line(key, entry);
     }
@@ -281,7 +288,8 @@ int main(int argc, char** argv) {
     if (facts.config.is_object()) {
       attempt(facts, [&] {
         facts.model_type = facts.config.get_or<std::string>("model_type", "");
-        if (facts.config.has_value("architectures") && facts.config["architectures"].size() > 0) facts.architecture = facts.config["architectures"].at(0).as<std::string>();
+        if (facts.config.has_value("architectures") && facts.config["architectures"].size() > 0)
+          facts.architecture = facts.config["architectures"].at(0).as<std::string>();
       });
       if (facts.config.has_value("text_config") || !m2lm::detail::is_llava_native(facts.config)) attempt(facts, [&] { find_model(facts); });
     }

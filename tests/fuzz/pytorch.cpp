@@ -23,7 +23,8 @@ extern "C" int LLVMFuzzerTestOneInput(const std::uint8_t* data, std::size_t size
   // The bytes as a pickle alone, too.
   m2lm_fuzz::accepted([&] {
     const auto tensors = m2lm::read_pickled_tensors(std::as_bytes(std::span(data, size)), "fuzz");
-    for (const m2lm::PickledTensor& t : tensors) m2lm_fuzz::check(t.shape.size() == t.strides.size() && t.name.size() <= size, "a tensor is described whole");
+    for (const m2lm::PickledTensor& t : tensors)
+      m2lm_fuzz::check(t.shape.size() == t.strides.size() && t.name.size() <= size, "a tensor is described whole");
   });
   if (!whole) return 0;
   const auto bytes = file.mapping().bytes();
@@ -87,10 +88,10 @@ std::vector<std::int64_t> numbers(Random& random) {
 
 /// A few instructions that belong together.
 std::string instructions(Random& random) {
-  static constexpr std::array<std::string_view, 22> plain{
-      "}", "]", ")", "(", "N", "0", "t", "s", "u", "a", "e", "b", "R", "Q", ".", "\x85", "\x86", "\x87", "\x94", "\x93", "\x88", "K\x03"};
-  static constexpr std::array<std::string_view, 8> storages{"FloatStorage", "HalfStorage", "BFloat16Storage", "LongStorage", "CharStorage", "BoolStorage",
-                                                            "DoubleStorage", "QInt8Storage"};
+  static constexpr std::array<std::string_view, 22> plain{"}", "]", ")", "(", "N",    "0",    "t",    "s",    "u",    "a",    "e",
+                                                          "b", "R", "Q", ".", "\x85", "\x86", "\x87", "\x94", "\x93", "\x88", "K\x03"};
+  static constexpr std::array<std::string_view, 8> storages{"FloatStorage", "HalfStorage", "BFloat16Storage", "LongStorage",
+                                                            "CharStorage",  "BoolStorage", "DoubleStorage",   "QInt8Storage"};
   PickleText p;
   switch (below(random, 8)) {
     case 0: p.global("os", "system"); break;

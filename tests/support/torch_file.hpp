@@ -35,9 +35,16 @@ class PickleText {
     return raw("t");
   }
   /// A tensor that takes all of what torch.save would write.
-  PickleText& tensor(std::string_view storage_type, std::string_view key, std::int64_t elements, std::int64_t offset, const std::vector<std::int64_t>& shape,
-                     const std::vector<std::int64_t>& strides) {
-    global("torch._utils", "_rebuild_tensor_v2").raw("((").string("storage").global("torch", storage_type).string(key).string("cpu").integer(elements).raw("tQ");
+  PickleText& tensor(std::string_view storage_type, std::string_view key, std::int64_t elements, std::int64_t offset,
+                     const std::vector<std::int64_t>& shape, const std::vector<std::int64_t>& strides) {
+    global("torch._utils", "_rebuild_tensor_v2")
+        .raw("((")
+        .string("storage")
+        .global("torch", storage_type)
+        .string(key)
+        .string("cpu")
+        .integer(elements)
+        .raw("tQ");
     return integer(offset).integers(shape).integers(strides).raw("\x89").global("collections", "OrderedDict").raw(")RtR");
   }
 };
@@ -65,16 +72,19 @@ inline ZipMember zip_member(std::string_view name, std::string_view data) {
 }
 
 /// The archive; with `wide` in zip64 throughout. `count_error` and `directory_error` are added to the end record's numbers.
-inline std::string zip_archive(const std::vector<ZipMember>& members, bool wide = false, std::uint64_t count_error = 0, std::uint64_t directory_error = 0) {
+inline std::string zip_archive(const std::vector<ZipMember>& members, bool wide = false, std::uint64_t count_error = 0,
+                               std::uint64_t directory_error = 0) {
   const auto u16 = [](std::uint64_t x) { return little_endian(static_cast<std::uint16_t>(x)); };
   const auto u32 = [](std::uint64_t x) { return little_endian(static_cast<std::uint32_t>(x)); };
   const auto u64 = [](std::uint64_t x) { return little_endian(x); };
   std::string out, directory;
   for (const ZipMember& m : members) {
     const std::uint64_t offset = out.size() + m.offset_error, size = m.data.size() + m.size_error;
-    out += "PK\x03\x04" + u16(20) + u16(m.flags) + u16(m.method) + u32(0) + u32(m.crc) + u32(size) + u32(size) + u16(m.name.size()) + u16(0) + m.name + m.data;
-    directory += "PK\x01\x02" + u16(20) + u16(20) + u16(m.flags) + u16(m.method) + u32(0) + u32(m.crc) + u32(wide ? ~0U : size) + u32(wide ? ~0U : size) +
-                 u16(m.name.size()) + u16(wide ? 28 : 0) + u16(0) + u16(0) + u16(0) + u32(0) + u32(wide ? ~0U : offset) + m.name;
+    out += "PK\x03\x04" + u16(20) + u16(m.flags) + u16(m.method) + u32(0) + u32(m.crc) + u32(size) + u32(size) + u16(m.name.size()) + u16(0) +
+           m.name + m.data;
+    directory += "PK\x01\x02" + u16(20) + u16(20) + u16(m.flags) + u16(m.method) + u32(0) + u32(m.crc) + u32(wide ? ~0U : size) +
+                 u32(wide ? ~0U : size) + u16(m.name.size()) + u16(wide ? 28 : 0) + u16(0) + u16(0) + u16(0) + u32(0) + u32(wide ? ~0U : offset) +
+                 m.name;
     if (wide) directory += u16(1) + u16(24) + u64(size) + u64(size) + u64(offset);
   }
   const std::uint64_t begin = out.size() + directory_error, count = members.size() + count_error;

@@ -95,7 +95,9 @@ TEST_CASE("a sharded pytorch_model.bin is the same checkpoint as its safetensors
 }
 
 TEST_CASE("what torch.save wrote, but is no state dict, is refused with a way out") {
-  const auto message = [](const char* name) { return message_of<CheckpointError>([&] { (void)PytorchFile::open(golden(std::string("pytorch/") + name)); }); };
+  const auto message = [](const char* name) {
+    return message_of<CheckpointError>([&] { (void)PytorchFile::open(golden(std::string("pytorch/") + name)); });
+  };
   CHECK(has(message("bare_tensor.bin"), "holds something else than a state dict"));
   CHECK(has(message("whole_module.bin"), "asks for torch.nn.modules.container.Sequential, which no state dict needs; nothing was run"));
   CHECK(has(message("nested.bin"), "Save the state dict that it holds, alone"));
@@ -115,7 +117,8 @@ TEST_CASE("a pickle that would run something is refused, and nothing runs") {
     CHECK(!m2lm::file_exists(marker));
     return message;
   };
-  CHECK(has(refused(PickleText().global("os", "system").raw("(").string(command).raw("tR.")), "asks for os.system, which no state dict needs; nothing was run"));
+  CHECK(has(refused(PickleText().global("os", "system").raw("(").string(command).raw("tR.")),
+            "asks for os.system, which no state dict needs; nothing was run"));
   CHECK(has(refused(PickleText().global("posix", "system").raw("(").string(command).raw("tR.")), "posix.system"));
   CHECK(has(refused(PickleText().global("builtins", "eval").raw("(").string("1").raw("tR.")), "builtins.eval"));
   CHECK(has(refused(PickleText().string("os").string("system").raw("\x93(").string(command).raw("tR.")), "asks for os.system"));
@@ -129,7 +132,8 @@ TEST_CASE("a pickle that would run something is refused, and nothing runs") {
   CHECK(has(refused(PickleText().global("collections", "OrderedDict").raw("(").integer(1).raw("tR.")), "an OrderedDict is made of 1 arguments"));
   CHECK(has(refused(PickleText().raw("}).R.")), "ends with 2 values"));
   CHECK(has(refused(PickleText().raw("})R.")), "calls what is no function"));
-  CHECK(has(refused(PickleText().global("torch._utils", "_rebuild_parameter").raw("}NN\x87R.")), "a parameter is made of something else than a tensor"));
+  CHECK(has(refused(PickleText().global("torch._utils", "_rebuild_parameter").raw("}NN\x87R.")),
+            "a parameter is made of something else than a tensor"));
   CHECK(has(refused(PickleText().string("0").raw("Q.")), "a persistent id is no tuple"));
   CHECK(has(refused(PickleText().raw("\xff.")), "opcode 255 is not one that torch.save of a state dict uses"));
 }
@@ -167,7 +171,8 @@ TEST_CASE("pickles that are damaged, hold themselves or nest deeply") {
   CHECK(PytorchFile::open(path, {.max_pickle_bytes = pickle.size()}).names().empty());
   CHECK(has(message_of<CheckpointError>([&] { (void)PytorchFile::open(path, {.max_pickle_bytes = pickle.size() - 1}); }),
             "the pickle is 4 bytes long, more than the 3 allowed (PytorchLimits::max_pickle_bytes)"));
-  CHECK(has(message_of<m2lm::OptionError>([&] { (void)PytorchFile::open(path, {.max_pickle_bytes = (std::size_t{1} << 31) + 1}); }), "is above 2147483648"));
+  CHECK(has(message_of<m2lm::OptionError>([&] { (void)PytorchFile::open(path, {.max_pickle_bytes = (std::size_t{1} << 31) + 1}); }),
+            "is above 2147483648"));
 }
 
 TEST_CASE("tensors that do not lie inside their storage") {
@@ -175,14 +180,15 @@ TEST_CASE("tensors that do not lie inside their storage") {
   CHECK(refusal(one_tensor(6, 6, 5, {1, 1}, {99, 99})).empty());  // strides of single elements mean nothing
   CHECK(refusal(one_tensor(0, 0, 7, {3, 0}, {1, 1})).empty());
   CHECK(refusal(one_tensor(6, 6, 1, {5}, {1})).empty());
-  CHECK(has(refusal(one_tensor(6, 6, 2, {5}, {1})), "tensor \"w\": shape [5] with strides [1] from element 2 on does not lie inside a storage of 6 elements"));
+  CHECK(has(refusal(one_tensor(6, 6, 2, {5}, {1})),
+            "tensor \"w\": shape [5] with strides [1] from element 2 on does not lie inside a storage of 6 elements"));
   CHECK(has(refusal(one_tensor(6, 6, 0, {2, 3}, {4, 1})), "does not lie inside"));
   CHECK(has(refusal(one_tensor(6, 6, -1, {2}, {1})), "its offset is -1"));
   CHECK(has(refusal(one_tensor(6, 6, 0, {2}, {-1})), "with strides [-1]"));
   CHECK(has(refusal(one_tensor(6, 6, 0, {-2}, {1})), "its shape is [-2]"));
   CHECK(has(refusal(one_tensor(6, 6, 0, {7}, {0})), "more elements than its storage"));
   CHECK(has(refusal(one_tensor(6, 6, 0, {std::int64_t{1} << 62, 4}, {0, 0})), "more elements than can be counted"));
-  CHECK(has(refusal(one_tensor(6, 6, 0, {0, std::int64_t{1} << 62, 4}, {1, 1, 1})), "") );
+  CHECK(has(refusal(one_tensor(6, 6, 0, {0, std::int64_t{1} << 62, 4}, {1, 1, 1})), ""));
   CHECK(has(refusal(one_tensor(6, 6, 0, {3, 2}, {std::int64_t{1} << 62, 1})), "does not lie inside"));
   CHECK(has(refusal(one_tensor(6, 6, INT64_MAX, {2}, {1})), "does not lie inside"));
   CHECK(has(refusal(one_tensor(5, 6, 0, {2}, {1})), "its storage is said to have 6 elements of f32, but takes 20 bytes"));
@@ -253,7 +259,8 @@ TEST_CASE("zip archives: both sizes of numbers, and everything that can be wrong
 }
 
 TEST_CASE("every changed byte of a file gives the same tensors, other values, or an error") {
-  const std::string good = torch_file(PickleText().raw("}").string("w").tensor("FloatStorage", "0", 3, 0, {3}, {1}).raw("s.").text(), {floats(3)}, true);
+  const std::string good =
+      torch_file(PickleText().raw("}").string("w").tensor("FloatStorage", "0", 3, 0, {3}, {1}).raw("s.").text(), {floats(3)}, true);
   const m2lm_test::TemporaryDirectory dir;
   std::size_t accepted = 0;
   for (std::size_t i = 0; i < good.size(); ++i)

@@ -83,7 +83,8 @@ TEST_CASE("beside bf16 weights the update itself stays exact; merged it is round
   const auto ids = ids_of(Safetensors::open(golden(c.base) + "/golden.safetensors").tensor("input_ids"));
   const AnyTensor exact = Safetensors::open(adapter(c.adapter) + "/golden.safetensors").tensor("logits");
   const auto error = [&](AdapterMode mode) {
-    const Lm model = Lm::from_pretrained(golden(c.base), Cpu(), {.precision = Precision{.weights = DType::bf16}, .adapter = adapter(c.adapter), .adapter_mode = mode});
+    const Lm model = Lm::from_pretrained(golden(c.base), Cpu(),
+                                         {.precision = Precision{.weights = DType::bf16}, .adapter = adapter(c.adapter), .adapter_mode = mode});
     return m2lm::testing::relative_error(model.logits(model.prompt(ids)), exact);
   };
   const double merged = error(AdapterMode::merge), beside = error(AdapterMode::beside);
@@ -110,7 +111,8 @@ TEST_CASE("a merged model is saved as one; an update beside the weights is not l
   const auto ids = some_ids(9, 96);
   CHECK(same_bits(Lm::from_pretrained(dir / "merged").logits(merged.prompt(ids)), merged.logits(merged.prompt(ids))));
   const Lm beside = Lm::from_pretrained(golden("llama/mha_plain"), Cpu(), {.adapter = adapter("attention"), .adapter_mode = AdapterMode::beside});
-  CHECK(has(message_of<m2lm::OptionError>([&] { beside.save_pretrained(dir / "beside"); }), "has an adapter beside it, which is not saved; load the adapter merged"));
+  CHECK(has(message_of<m2lm::OptionError>([&] { beside.save_pretrained(dir / "beside"); }),
+            "has an adapter beside it, which is not saved; load the adapter merged"));
 }
 
 TEST_CASE("an adapter of another base, another rank, unknown targets and other kinds") {
@@ -132,7 +134,8 @@ TEST_CASE("an adapter of another base, another rank, unknown targets and other k
   CHECK(has(changed("\"r\": 4", "\"r\": 5"), "A [4, 32] and B [32, 4] are not of the rank 5 that adapter_config.json says"));
   CHECK(has(changed("\"r\": 4", "\"r\": 0"), "r = 0 is outside 1 to 65536"));
   CHECK(has(changed("\"v_proj\"", "\"v_proj\", \"x_proj\""), "target_modules names \"x_proj\", of which the file has no tensors"));
-  CHECK(has(changed("\"modules_to_save\": null", "\"modules_to_save\": [\"lm_head\"]"), "modules_to_save names \"lm_head\", of which the file has no tensors"));
+  CHECK(has(changed("\"modules_to_save\": null", "\"modules_to_save\": [\"lm_head\"]"),
+            "modules_to_save names \"lm_head\", of which the file has no tensors"));
   CHECK(has(changed("\"LORA\"", "\"IA3\""), "adapters of the type IA3 are not supported; LORA is"));
   CHECK(has(changed("\"use_dora\": false", "\"use_dora\": true"), "use_dora: true is not supported"));
   CHECK(has(changed("\"rank_pattern\": {}", "\"rank_pattern\": {\".*q_proj\": 8}"), "is a regular expression; only names of modules are supported"));
@@ -147,17 +150,20 @@ TEST_CASE("an adapter of another base, another rank, unknown targets and other k
     return message(copy.path());
   };
   CHECK(has(with_tensors([](auto& t) { t.erase(t.begin()); }), "lora_A.weight is missing"));
-  CHECK(has(with_tensors([](auto& t) { t[0].name = "base_model.model.model.layers.0.self_attn.z_proj.lora_A.weight"; }), "model.layers.0.self_attn.z_proj: lora_B.weight is missing"));
+  CHECK(has(with_tensors([](auto& t) { t[0].name = "base_model.model.model.layers.0.self_attn.z_proj.lora_A.weight"; }),
+            "model.layers.0.self_attn.z_proj: lora_B.weight is missing"));
   CHECK(has(with_tensors([](auto& t) {
               for (auto& x : t)
                 if (const auto at = x.name.find("layers.2"); at != std::string::npos) x.name.replace(at, 8, "layers.9");
             }),
             "model.layers.9.self_attn.q_proj: the model has no such module; the nearest is model.layers.0.self_attn.q_proj.weight"));
   CHECK(has(with_tensors([](auto& t) { t[0].name = "model.layers.0"; }), "model.layers.0 does not begin with base_model.model."));
-  CHECK(has(with_tensors([](auto& t) { t[0].name = "base_model.model.model.embed_tokens.lora_embedding_A"; }), "an update of this kind is not supported"));
+  CHECK(has(with_tensors([](auto& t) { t[0].name = "base_model.model.model.embed_tokens.lora_embedding_A"; }),
+            "an update of this kind is not supported"));
   const TemporaryDirectory linked;
   std::filesystem::copy_file(adapter("attention") + "/adapter_config.json", linked / "adapter_config.json");
-  std::filesystem::create_symlink(std::filesystem::absolute(adapter("attention") + "/adapter_model.safetensors"), linked / "adapter_model.safetensors");
+  std::filesystem::create_symlink(std::filesystem::absolute(adapter("attention") + "/adapter_model.safetensors"),
+                                  linked / "adapter_model.safetensors");
   CHECK(has(message(linked.path()), "holds what is not its own: adapter_model.safetensors"));
   CHECK(has(with_tensors([](auto& t) { t.clear(); }), "of which the file has no tensors"));
 }

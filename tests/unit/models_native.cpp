@@ -98,10 +98,12 @@ TEST_CASE("a tower that is not there, and one that would lead outside") {
   const auto message = [&](const LoadOptions& options = {}) {
     return message_of<CheckpointError>([&] { (void)Native<Cpu, 1>::from_pretrained(copy.path(), Cpu(), options); });
   };
-  CHECK(has(message(), "config.json: mm_vision_tower is \"openai/clip-vit-tiny-patch14\", whose sizes are not known and which is not in " + copy.path()));
+  CHECK(has(message(),
+            "config.json: mm_vision_tower is \"openai/clip-vit-tiny-patch14\", whose sizes are not known and which is not in " + copy.path()));
   CHECK(has(message(), "LoadOptions::vision_tower"));
   const std::string nowhere = dir / "model";
-  CHECK(has(message({.vision_tower = nowhere}), "no vision tower is in " + nowhere + ": neither it nor " + nowhere + "/clip-vit-tiny-patch14 has a config.json"));
+  CHECK(has(message({.vision_tower = nowhere}),
+            "no vision tower is in " + nowhere + ": neither it nor " + nowhere + "/clip-vit-tiny-patch14 has a config.json"));
   // A known tower has known sizes, but its weights must be somewhere.
   change_text(copy, "config.json", "clip-vit-tiny-patch14", "clip-vit-large-patch14-336");
   CHECK(has(message(), "mm_hidden_size is 12, but the vision tower has hidden_size 1024"));
@@ -118,7 +120,8 @@ TEST_CASE("a tower that is not there, and one that would lead outside") {
 
 TEST_CASE("sizes of the towers that LLaVA names") {
   const m2lm::ConfigValue root = m2lm::ConfigValue::parse_text(
-      R"({"model_type": "llava_llama", "mm_vision_tower": "openai/clip-vit-large-patch14-336", "mm_hidden_size": 1024, "hidden_size": 4096})", "c.json");
+      R"({"model_type": "llava_llama", "mm_vision_tower": "openai/clip-vit-large-patch14-336", "mm_hidden_size": 1024, "hidden_size": 4096})",
+      "c.json");
   const m2lm::ConfigValue config = m2lm::detail::translate_llava_config(root, "none", "");
   m2lm::ClipVisionConfig vision;
   read_config(config, vision);
@@ -142,12 +145,14 @@ TEST_CASE("native keys that are not supported are named") {
     change_text(copy, "config.json", old_text, new_text);
     return message_of<CheckpointError>([&] { (void)Native<Cpu, 2>::from_pretrained(copy.path()); });
   };
-  CHECK(has(message("\"image_aspect_ratio\": \"pad\"", "\"image_aspect_ratio\": \"anyres\""), "image_aspect_ratio \"anyres\" is not supported; pad and square are"));
+  CHECK(has(message("\"image_aspect_ratio\": \"pad\"", "\"image_aspect_ratio\": \"anyres\""),
+            "image_aspect_ratio \"anyres\" is not supported; pad and square are"));
   CHECK(has(message("\"patch\"", "\"tokens\""), "mm_vision_select_feature \"tokens\" is not supported"));
   CHECK(has(message("mlp2x_gelu", "linear"), "m2lm::MlpProjector<2>: the checkpoint's projector has 1 layers; use MlpProjector of that depth"));
   CHECK(has(message("mlp2x_gelu", "identity"), "has 0 layers; use IdentityProjector"));
   CHECK(has(message("mlp2x_gelu", "qformer"), "mm_projector_type \"qformer\" is not supported"));
-  CHECK(has(message("\"model_type\": \"llava\"", "\"model_type\": \"llava_mpt\""), "model_type \"llava_mpt\" of LLaVA's own layout is not supported"));
+  CHECK(
+      has(message("\"model_type\": \"llava\"", "\"model_type\": \"llava_mpt\""), "model_type \"llava_mpt\" of LLaVA's own layout is not supported"));
   CHECK(has(message("\"mm_hidden_size\": 12", "\"mm_hidden_size\": 13"), "mm_hidden_size is 13, but the vision tower has hidden_size 12"));
   const TemporaryDirectory copy;
   std::filesystem::copy(native("inside"), copy.path(), std::filesystem::copy_options::recursive);

@@ -16,9 +16,9 @@ namespace m2lm {
 struct PickledTensor {
   std::string_view name;
   DType dtype = DType::f32;
-  std::string_view storage;           ///< key of the storage, the NAME of "data/NAME"
-  std::int64_t storage_elements = 0;  ///< elements that the storage is said to have
-  std::int64_t offset = 0;            ///< in elements
+  std::string_view storage;                  ///< key of the storage, the NAME of "data/NAME"
+  std::int64_t storage_elements = 0;         ///< elements that the storage is said to have
+  std::int64_t offset = 0;                   ///< in elements
   std::vector<std::int64_t> shape, strides;  ///< max_rank extents at most
 };
 

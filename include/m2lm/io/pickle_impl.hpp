@@ -194,7 +194,8 @@ class PickleMachine {
         check(given[0].kind == Kind::storage, "a tensor's first argument is no storage");
         const TensorParts parts{given[0].index, integer(given[1], "a tensor's offset"), given[2].index, given[3].index};
         const std::size_t rank = tuple(given[2], "a tensor's shape").size();
-        check(tuple(given[3], "a tensor's strides").size() == rank, "a tensor has ", rank, " dimensions and ", tuples_[given[3].index].size(), " strides");
+        check(tuple(given[3], "a tensor's strides").size() == rank, "a tensor has ", rank, " dimensions and ", tuples_[given[3].index].size(),
+              " strides");
         check(rank <= static_cast<std::size_t>(max_rank), "a tensor has ", rank, " dimensions, at most ", max_rank, " are supported");
         for (const Value& v : tuples_[given[2].index]) (void)integer(v, "a tensor's extent");
         for (const Value& v : tuples_[given[3].index]) (void)integer(v, "a tensor's stride");
@@ -214,7 +215,8 @@ class PickleMachine {
     const std::vector<Value>& given = tuple(id, "a persistent id");
     check(given.size() == 5 && text_of(given[0], "a persistent id's kind") == "storage", "a persistent id is not that of a storage");
     check(given[1].kind == Kind::global && known_globals[given[1].index].meaning == PickleGlobal::storage, "a storage has a type that is none");
-    storages_.push_back({known_globals[given[1].index].dtype, text_of(given[2], "a storage's key"), integer(given[4], "a storage's number of elements")});
+    storages_.push_back(
+        {known_globals[given[1].index].dtype, text_of(given[2], "a storage's key"), integer(given[4], "a storage's number of elements")});
     push(of_kind(Kind::storage, storages_.size() - 1));
   }
 
@@ -302,7 +304,8 @@ class PickleMachine {
       case 'r': note<std::uint32_t>(); break;
       case 0x94: memo_.insert_or_assign(static_cast<std::uint32_t>(memo_.size()), top()); break;  // MEMOIZE
       default:
-        check(false, "opcode ", static_cast<int>(opcode), opcode > ' ' && opcode <= '~' ? concat(" ('", static_cast<char>(opcode), "')") : std::string(),
+        check(false, "opcode ", static_cast<int>(opcode),
+              opcode > ' ' && opcode <= '~' ? concat(" ('", static_cast<char>(opcode), "')") : std::string(),
               " is not one that torch.save of a state dict uses; nothing was run");
     }
     return true;
@@ -333,8 +336,13 @@ class PickleMachine {
       if (value.kind != Kind::tensor) continue;  // an epoch, a version: nothing to load
       const TensorParts& parts = tensors_[value.index];
       const Storage& storage = storages_[parts.storage];
-      PickledTensor tensor{.name = text_of(key, "a tensor's name"), .dtype = storage.dtype, .storage = storage.key, .storage_elements = storage.elements,
-                           .offset = parts.offset, .shape = {}, .strides = {}};
+      PickledTensor tensor{.name = text_of(key, "a tensor's name"),
+                           .dtype = storage.dtype,
+                           .storage = storage.key,
+                           .storage_elements = storage.elements,
+                           .offset = parts.offset,
+                           .shape = {},
+                           .strides = {}};
       for (const Value& v : tuples_[parts.shape]) tensor.shape.push_back(v.integer);
       for (const Value& v : tuples_[parts.strides]) tensor.strides.push_back(v.integer);
       out.push_back(std::move(tensor));

@@ -116,8 +116,9 @@ M2LM_IMPL PytorchFile PytorchFile::open(std::string_view path, const PytorchLimi
     const ZipArchive::Entry* storage = archive.find(concat(folder, "data/", t.storage));
     require<CheckpointError>(storage != nullptr, where, "its storage ", detail::shown(concat(folder, "data/", t.storage)), " is not in the file");
     const std::size_t size = dtype_size(t.dtype);
-    require<CheckpointError>(storage->size % size == 0 && storage->size / size == static_cast<std::size_t>(t.storage_elements), where, "its storage is said to have ",
-                             t.storage_elements, " elements of ", dtype_name(t.dtype), ", but takes ", storage->size, " bytes");
+    require<CheckpointError>(storage->size % size == 0 && storage->size / size == static_cast<std::size_t>(t.storage_elements), where,
+                             "its storage is said to have ", t.storage_elements, " elements of ", dtype_name(t.dtype), ", but takes ", storage->size,
+                             " bytes");
     AnyTensor tensor;
     const std::byte* data = archive.bytes(*storage).data();
     if (elements == 0 || detail::is_contiguous(t)) {
@@ -126,8 +127,9 @@ M2LM_IMPL PytorchFile PytorchFile::open(std::string_view path, const PytorchLimi
       AnyTensor& copy = copies[Key{t.storage, t.dtype, t.offset, t.shape, t.strides}];
       if (!copy.has_value()) {
         copied += static_cast<std::size_t>(elements) * size;
-        require<CheckpointError>(copied <= archive.file().bytes().size(), where, "too many tensors lie in another order than their shape says: more than ",
-                                 archive.file().bytes().size(), " bytes, the size of the file, would have to be copied");
+        require<CheckpointError>(copied <= archive.file().bytes().size(), where,
+                                 "too many tensors lie in another order than their shape says: more than ", archive.file().bytes().size(),
+                                 " bytes, the size of the file, would have to be copied");
         copy = detail::copy_in_order(t, data, elements);
       }
       tensor = copy;

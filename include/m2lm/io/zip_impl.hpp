@@ -70,7 +70,8 @@ M2LM_IMPL ZipArchive ZipArchive::open(MappedFile file) {
   const std::optional<std::size_t> end = detail::find_zip_end(bytes);
   check(end.has_value(), "no end of a zip archive is found: the file is truncated or not a zip file");
   check(zip_number<std::uint16_t>(bytes, *end + 4) == 0 && zip_number<std::uint16_t>(bytes, *end + 6) == 0, "the archive is one of several volumes");
-  detail::ZipDirectory directory{.begin = zip_number<std::uint32_t>(bytes, *end + 16), .size = zip_number<std::uint32_t>(bytes, *end + 12),
+  detail::ZipDirectory directory{.begin = zip_number<std::uint32_t>(bytes, *end + 16),
+                                 .size = zip_number<std::uint32_t>(bytes, *end + 12),
                                  .entries = zip_number<std::uint16_t>(bytes, *end + 10)};
   std::size_t directory_limit = *end;  // the directory ends before this
   if (*end >= detail::zip_locator_size && zip_number<std::uint32_t>(bytes, *end - detail::zip_locator_size) == detail::zip_locator_mark) {
@@ -79,23 +80,25 @@ M2LM_IMPL ZipArchive ZipArchive::open(MappedFile file) {
     check(locator >= detail::zip64_end_size && at <= locator - detail::zip64_end_size, "the zip64 end record is said to be at byte ", at,
           ", the file has ", bytes.size());
     check(zip_number<std::uint32_t>(bytes, at) == detail::zip64_end_mark, "there is no zip64 end record at byte ", at, ": the file is damaged");
-    directory = {.begin = zip_number<std::uint64_t>(bytes, at + 48), .size = zip_number<std::uint64_t>(bytes, at + 40),
+    directory = {.begin = zip_number<std::uint64_t>(bytes, at + 48),
+                 .size = zip_number<std::uint64_t>(bytes, at + 40),
                  .entries = zip_number<std::uint64_t>(bytes, at + 32)};
     directory_limit = at;
   }
   check(directory.begin <= directory_limit && directory.size <= directory_limit - directory.begin, "the zip directory is said to be ", directory.size,
         " bytes from byte ", directory.begin, " on, the file has ", bytes.size(), ": the file is truncated or damaged");
-  check(directory.entries <= directory.size / detail::zip_central_size, "the zip directory cannot hold ", directory.entries, " entries in ", directory.size,
-        " bytes");
+  check(directory.entries <= directory.size / detail::zip_central_size, "the zip directory cannot hold ", directory.entries, " entries in ",
+        directory.size, " bytes");
 
   std::size_t at = directory.begin;
   const std::size_t directory_end = directory.begin + directory.size;
   for (std::uint64_t i = 0; i < directory.entries; ++i) {
-    check(directory_end - at >= detail::zip_central_size && zip_number<std::uint32_t>(bytes, at) == detail::zip_central_mark,
-          "entry ", i, " of the zip directory is damaged");
+    check(directory_end - at >= detail::zip_central_size && zip_number<std::uint32_t>(bytes, at) == detail::zip_central_mark, "entry ", i,
+          " of the zip directory is damaged");
     const std::size_t name_size = zip_number<std::uint16_t>(bytes, at + 28), extra_size = zip_number<std::uint16_t>(bytes, at + 30),
                       comment_size = zip_number<std::uint16_t>(bytes, at + 32);
-    check(directory_end - at - detail::zip_central_size >= name_size + extra_size + comment_size, "entry ", i, " of the zip directory is longer than it");
+    check(directory_end - at - detail::zip_central_size >= name_size + extra_size + comment_size, "entry ", i,
+          " of the zip directory is longer than it");
     Entry entry;
     const auto name_bytes = bytes.subspan(at + detail::zip_central_size, name_size);
     entry.name.assign(reinterpret_cast<const char*>(name_bytes.data()), name_bytes.size());
@@ -124,12 +127,13 @@ M2LM_IMPL ZipArchive ZipArchive::open(MappedFile file) {
       extra = extra.subspan(4U + length);
     }
     check_entry(stored == size, "is stored in ", stored, " bytes, but has ", size);
-    check_entry(local <= directory.begin && directory.begin - local >= detail::zip_local_size, "is said to be at byte ", local, ", where the directory is");
+    check_entry(local <= directory.begin && directory.begin - local >= detail::zip_local_size, "is said to be at byte ", local,
+                ", where the directory is");
     check_entry(zip_number<std::uint32_t>(bytes, local) == detail::zip_local_mark, "nothing begins at byte ", local, ": the file is damaged");
     const std::size_t local_name = zip_number<std::uint16_t>(bytes, local + 26), local_extra = zip_number<std::uint16_t>(bytes, local + 28);
     const std::size_t room = directory.begin - local - detail::zip_local_size;
-    check_entry(local_name + local_extra <= room && size <= room - local_name - local_extra, "its ", size, " bytes do not fit before the directory: ",
-                "the file is truncated or damaged");
+    check_entry(local_name + local_extra <= room && size <= room - local_name - local_extra, "its ", size,
+                " bytes do not fit before the directory: ", "the file is truncated or damaged");
     const auto local_bytes = bytes.subspan(local + detail::zip_local_size, local_name);
     check_entry(std::equal(name_bytes.begin(), name_bytes.end(), local_bytes.begin(), local_bytes.end()), "has another name where its data are");
     entry.begin = local + detail::zip_local_size + local_name + local_extra;
@@ -164,8 +168,8 @@ M2LM_IMPL const ZipArchive::Entry* ZipArchive::find(std::string_view name) const
 M2LM_IMPL std::span<const std::byte> ZipArchive::checked_bytes(const Entry& entry) const {
   const std::span<const std::byte> out = bytes(entry);
   const std::uint32_t found = detail::zip_checksum(out);
-  require<CheckpointError>(found == entry.crc32 || M2LM_FAULT(53), file().path(), ": entry \"", entry.name, "\": its checksum is ", found, ", the directory says ", entry.crc32,
-                           ": the file is damaged");
+  require<CheckpointError>(found == entry.crc32 || M2LM_FAULT(53), file().path(), ": entry \"", entry.name, "\": its checksum is ", found,
+                           ", the directory says ", entry.crc32, ": the file is damaged");
   return out;
 }
 

@@ -143,7 +143,8 @@ M2LM_IMPL std::size_t apply_adapter(std::span<const NamedParameter> parameters, 
     for (const NameRule& rule : rules)
       for (const std::string_view stored : rule.stored)
         if (!stored.empty() && name.starts_with(stored))
-          if (const auto found = by_name.find(concat(rule.canonical, std::string_view(name).substr(stored.size()))); found != by_name.end()) return found->second;
+          if (const auto found = by_name.find(concat(rule.canonical, std::string_view(name).substr(stored.size()))); found != by_name.end())
+            return found->second;
     return nullptr;
   };
 
@@ -202,7 +203,8 @@ M2LM_IMPL std::size_t apply_adapter(std::span<const NamedParameter> parameters, 
     if (a.rank() != 2 || b.rank() != 2 || w.rank() != 2 || !is_floating(*update.a) || !is_floating(*update.b)) {
       problem(module, ": A ", a.string(), " and B ", b.string(), " are no floating matrices beside a matrix ", w.string());
     } else if (a[0] != b[1] || static_cast<double>(a[0]) != wanted) {
-      problem(module, ": A ", a.string(), " and B ", b.string(), " are not of the rank ", static_cast<std::int64_t>(wanted), " that adapter_config.json says");
+      problem(module, ": A ", a.string(), " and B ", b.string(), " are not of the rank ", static_cast<std::int64_t>(wanted),
+              " that adapter_config.json says");
     } else if (a[1] != w[1] || b[0] != w[0]) {
       problem(module, ": A ", a.string(), " and B ", b.string(), " do not fit the base's weight ", w.string());
     } else {
@@ -218,7 +220,8 @@ M2LM_IMPL std::size_t apply_adapter(std::span<const NamedParameter> parameters, 
       const std::string nearest = nearest_name(name, names);
       problem(name, ": the model has no such parameter", nearest.empty() ? "" : "; the nearest is ", nearest);
     } else if (tensor->shape() != parameter->shape || !is_floating(*tensor)) {
-      problem(name, " is ", tensor->shape().string(), " in ", dtype_name(tensor->dtype()), ", the base has ", parameter->shape.string(), " in a floating dtype");
+      problem(name, " is ", tensor->shape().string(), " in ", dtype_name(tensor->dtype()), ", the base has ", parameter->shape.string(),
+              " in a floating dtype");
     } else {
       whole.emplace_back(parameter, tensor);
     }
@@ -237,8 +240,8 @@ M2LM_IMPL std::size_t apply_adapter(std::span<const NamedParameter> parameters, 
     constexpr std::size_t most = 20;
     for (std::size_t i = 0; i < problems.size() && i < most; ++i) list += "\n  " + problems[i];
     if (problems.size() > most) list += concat("\n  and ", problems.size() - most, " more");
-    throw CheckpointError(concat(path, ": the adapter does not fit this model (it was made for \"", config.get_or<std::string>("base_model_name_or_path", ""),
-                                 "\"):", list));
+    throw CheckpointError(concat(path, ": the adapter does not fit this model (it was made for \"",
+                                 config.get_or<std::string>("base_model_name_or_path", ""), "\"):", list));
   }
   require<CheckpointError>(!accepted.empty() || !whole.empty(), path, ": holds no update");
 

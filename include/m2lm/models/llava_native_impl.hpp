@@ -29,7 +29,8 @@ inline std::string last_part(std::string path) {
 }
 
 M2LM_IMPL bool is_llava_native(const ConfigValue& root) {
-  return !root.has_value("text_config") && (root.has_value("mm_vision_tower") || root.has_value("mm_projector_type") || root.has_value("mm_hidden_size"));
+  return !root.has_value("text_config") &&
+         (root.has_value("mm_vision_tower") || root.has_value("mm_projector_type") || root.has_value("mm_hidden_size"));
 }
 
 M2LM_IMPL std::string find_llava_tower(const ConfigValue& root, std::string_view directory, std::string_view given) {
@@ -38,8 +39,9 @@ M2LM_IMPL std::string find_llava_tower(const ConfigValue& root, std::string_view
   if (!given.empty()) {
     if (is_tower(std::string(given))) return std::string(given);
     if (const std::string below = join_path(given, name); !name.empty() && is_tower(below)) return below;
-    throw CheckpointError(concat("m2lm: no vision tower is in ", given, ": neither it nor ", name.empty() ? "a directory in it" : join_path(given, name),
-                                 " has a config.json (", root.file(), ": mm_vision_tower is \"", root.get_or<std::string>("mm_vision_tower", ""), "\")"));
+    throw CheckpointError(concat("m2lm: no vision tower is in ", given, ": neither it nor ",
+                                 name.empty() ? "a directory in it" : join_path(given, name), " has a config.json (", root.file(),
+                                 ": mm_vision_tower is \"", root.get_or<std::string>("mm_vision_tower", ""), "\")"));
   }
   for (const std::string& part : {name, std::string("vision_tower")})
     if (!part.empty() && is_tower(join_path(directory, part))) return join_path(directory, part);
@@ -69,11 +71,13 @@ M2LM_IMPL ConfigValue translate_llava_config(const ConfigValue& root, std::strin
       const std::string name = last_part(tower);
       const auto* known = std::find_if(known_towers.begin(), known_towers.end(), [&](const KnownTower& t) { return t.name == name; });
       if (known == known_towers.end())
-        root.fail(concat("mm_vision_tower is \"", tower, "\", whose sizes are not known and which is not in ", directory, " either; put its directory there as \"",
-                         name.empty() ? "vision_tower" : name, "\", or name it with LoadOptions::vision_tower"));
-      out["vision_config"] = {{"model_type", "clip_vision_model"},         {"hidden_size", known->hidden_size},  {"intermediate_size", known->intermediate_size},
-                              {"num_hidden_layers", known->layers},        {"num_attention_heads", known->heads}, {"patch_size", known->patch_size},
-                              {"image_size", known->image_size},           {"projection_dim", known->projection_dim}};
+        root.fail(concat("mm_vision_tower is \"", tower, "\", whose sizes are not known and which is not in ", directory,
+                         " either; put its directory there as \"", name.empty() ? "vision_tower" : name,
+                         "\", or name it with LoadOptions::vision_tower"));
+      out["vision_config"] = {
+          {"model_type", "clip_vision_model"},  {"hidden_size", known->hidden_size},      {"intermediate_size", known->intermediate_size},
+          {"num_hidden_layers", known->layers}, {"num_attention_heads", known->heads},    {"patch_size", known->patch_size},
+          {"image_size", known->image_size},    {"projection_dim", known->projection_dim}};
     }
   }
   const Json& vision = out["vision_config"];
@@ -84,7 +88,8 @@ M2LM_IMPL ConfigValue translate_llava_config(const ConfigValue& root, std::strin
 
   out["vision_feature_layer"] = root.get_or<int>("mm_vision_select_layer", -2);
   const std::string feature = root.get_or<std::string>("mm_vision_select_feature", "patch");
-  if (feature != "patch" && feature != "cls_patch") root.fail(concat("mm_vision_select_feature \"", feature, "\" is not supported; patch and cls_patch are"));
+  if (feature != "patch" && feature != "cls_patch")
+    root.fail(concat("mm_vision_select_feature \"", feature, "\" is not supported; patch and cls_patch are"));
   out["vision_feature_select_strategy"] = feature == "patch" ? "default" : "full";
   out["projector_hidden_act"] = "gelu";
   if (!root.has_value("image_token_index")) out["image_token_index"] = llava_image_token_index;
