@@ -6,7 +6,9 @@
 #include <m2lm/io/checkpoint.hpp>
 #include <m2lm/models/names.hpp>
 
+#include <span>
 #include <string>
+#include <string_view>
 #include <vector>
 
 namespace m2lm {
@@ -25,6 +27,11 @@ namespace detail {
 struct NamedParameter {
   std::string name;
   Parameter* parameter;
+};
+/// A visitor of for_each_parameter. (A named one: the walk over a model is then instantiated once.)
+struct CollectParameters {
+  std::vector<NamedParameter>& out;
+  void operator()(std::string_view name, Parameter& p) const { out.push_back({std::string(name), &p}); }
 };
 /// `stored`, if given, gets the name in the checkpoint of each parameter.
 /// Names the first NaN or infinity in each of the parameters' values, with file, index and count, one per line and at most 20; empty

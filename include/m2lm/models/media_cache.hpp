@@ -8,12 +8,10 @@
 
 #include <cstddef>
 #include <cstdint>
-#include <list>
 #include <memory>
 #include <mutex>
 #include <span>
 #include <string>
-#include <unordered_map>
 #include <utility>
 #include <vector>
 
@@ -96,15 +94,16 @@ struct EncodedMedia {
 ContentKey unique_key();
 
 /// Least recently used entries go first when `capacity` bytes are exceeded. Several threads may use one cache.
-template <class S>
 class MediaCache {
-  using Media = std::shared_ptr<const EncodedMedia<S>>;
-  struct KeyHash {
-    std::size_t operator()(const ContentKey& key) const { return static_cast<std::size_t>(key.low); }
+  struct Entry {
+    ContentKey key;
+    std::shared_ptr<const void> media;
+    std::size_t bytes = 0;
+    std::uint64_t used = 0;
   };
   mutable std::mutex mutex_;
-  std::list<Media> entries_;  // the most recently used first
-  std::unordered_map<ContentKey, typename std::list<Media>::iterator, KeyHash> index_;
+  std::vector<Entry> entries_;  // some hundred at most: media are large
+  std::uint64_t clock_ = 0;
   std::size_t capacity_;
   MediaCacheStats stats_;
 
@@ -112,44 +111,12 @@ class MediaCache {
   explicit MediaCache(std::size_t capacity) : capacity_(capacity) {}
 
   /// Null when there is no such entry.
-  Media find(const ContentKey& key) {
-    const std::lock_guard lock(mutex_);
-    const auto found = index_.find(key);
-    if (found == index_.end()) {
-      ++stats_.misses;
-      return nullptr;
-    }
-    ++stats_.hits;
-    entries_.splice(entries_.begin(), entries_, found->second);
-    return entries_.front();
-  }
+  std::shared_ptr<const void> find(const ContentKey& key);
   /// Media that are larger than the whole cache are not kept.
-  void insert(Media media) {
-    const std::size_t bytes = media->bytes();
-    const std::lock_guard lock(mutex_);
-    if (bytes > capacity_ || index_.contains(media->key)) return;
-    while (stats_.bytes + bytes > capacity_) {
-      stats_.bytes -= entries_.back()->bytes();
-      index_.erase(entries_.back()->key);
-      entries_.pop_back();
-    }
-    entries_.push_front(std::move(media));
-    index_.emplace(entries_.front()->key, entries_.begin());
-    stats_.bytes += bytes;
-  }
-  /// Forgets everything: the encoders have changed.
-  void clear() {
-    const std::lock_guard lock(mutex_);
-    index_.clear();
-    entries_.clear();
-    stats_.bytes = 0;
-  }
-  MediaCacheStats stats() const {
-    const std::lock_guard lock(mutex_);
-    MediaCacheStats out = stats_;
-    out.entries = entries_.size();
-    return out;
-  }
+  void insert(const ContentKey& key, std::shared_ptr<const void> media, std::size_t bytes);
+  /// Forgets everything: encoder or projector have changed.
+  void clear();
+  MediaCacheStats stats() const;
 };
 
 }  // namespace detail

@@ -4,9 +4,11 @@
 
 #include <m2lm/models/media_cache.hpp>
 
+#include <algorithm>
 #include <atomic>
 #include <cstring>
 #include <random>
+#include <utility>
 
 namespace m2lm {
 
@@ -65,6 +67,43 @@ M2LM_IMPL ContentKey unique_key() {
   hash.value(count.fetch_add(1));
   hash.value('u');
   return hash.key();
+}
+
+M2LM_IMPL std::shared_ptr<const void> MediaCache::find(const ContentKey& key) {
+  const std::lock_guard lock(mutex_);
+  const auto found = std::find_if(entries_.begin(), entries_.end(), [&](const Entry& e) { return e.key == key; });
+  if (found == entries_.end()) {
+    ++stats_.misses;
+    return nullptr;
+  }
+  ++stats_.hits;
+  found->used = ++clock_;
+  return found->media;
+}
+
+M2LM_IMPL void MediaCache::insert(const ContentKey& key, std::shared_ptr<const void> media, std::size_t bytes) {
+  const std::lock_guard lock(mutex_);
+  if (bytes > capacity_ || std::any_of(entries_.begin(), entries_.end(), [&](const Entry& e) { return e.key == key; })) return;
+  while (stats_.bytes + bytes > capacity_) {
+    const auto oldest = std::min_element(entries_.begin(), entries_.end(), [](const Entry& a, const Entry& b) { return a.used < b.used; });
+    stats_.bytes -= oldest->bytes;
+    entries_.erase(oldest);
+  }
+  entries_.push_back({key, std::move(media), bytes, ++clock_});
+  stats_.bytes += bytes;
+}
+
+M2LM_IMPL void MediaCache::clear() {
+  const std::lock_guard lock(mutex_);
+  entries_.clear();
+  stats_.bytes = 0;
+}
+
+M2LM_IMPL MediaCacheStats MediaCache::stats() const {
+  const std::lock_guard lock(mutex_);
+  MediaCacheStats out = stats_;
+  out.entries = entries_.size();
+  return out;
 }
 
 }  // namespace detail

@@ -18,7 +18,6 @@
 #include <m2lm/models/session.hpp>
 
 #include <algorithm>
-#include <deque>
 #include <memory>
 #include <new>
 #include <optional>
@@ -180,7 +179,7 @@ class Model {
     std::tuple<typename Component::template On<B, P>...> component;
     std::vector<detail::ComponentTokens> tokens;  // of each component
     std::optional<std::int32_t> bos;
-    mutable detail::MediaCache<Scalar> media;
+    mutable detail::MediaCache media;
     LoadReport report;
 
     State(B b, detail::ModelFiles f, const Precision& p, std::size_t media_cache_bytes);
@@ -207,6 +206,7 @@ class Model {
   void for_each_component(F&& f) const;
   Model() = default;
   const ChatTemplate& template_of(const PromptType& prompt) const;
+  std::vector<detail::NamedParameter> named_parameters() const;
   /// Which weights a NaN in the logits comes from, as detail::non_finite_values says it.
   std::string non_finite_weights() const;
   std::vector<std::int32_t> encode_text(std::string_view text, bool add_bos) const;
@@ -276,10 +276,7 @@ Model<B, P, D, C...> Model<B, P, D, C...>::from_config(const ConfigValue& config
 
 template <class B, Precision P, class D, class... C>
 void Model<B, P, D, C...>::save_pretrained(std::string_view directory, const SaveOptions& options) const try {
-  std::vector<detail::NamedParameter> parameters;
-  const auto collect = [&](std::string_view name, Parameter& p) { parameters.push_back({std::string(name), &p}); };
-  for_each_parameter(collect, state_->decoder);
-  std::apply([&](auto&... c) { (for_each_parameter(collect, c), ...); }, state_->component);
+  const std::vector<detail::NamedParameter> parameters = named_parameters();
   const detail::ModelFiles& files = state_->files;
   detail::save_model(directory, {.directory = files.directory, .config = files.config, .checkpoint = files.checkpoint, .parameters = parameters}, options);
 } catch (const std::bad_alloc&) {
@@ -287,12 +284,17 @@ void Model<B, P, D, C...>::save_pretrained(std::string_view directory, const Sav
 }
 
 template <class B, Precision P, class D, class... C>
-std::string Model<B, P, D, C...>::non_finite_weights() const {
-  std::vector<detail::NamedParameter> parameters;
-  const auto collect = [&](std::string_view name, Parameter& p) { parameters.push_back({std::string(name), &p}); };
+std::vector<detail::NamedParameter> Model<B, P, D, C...>::named_parameters() const {
+  std::vector<detail::NamedParameter> out;
+  const detail::CollectParameters collect{out};
   for_each_parameter(collect, state_->decoder);
   std::apply([&](auto&... c) { (for_each_parameter(collect, c), ...); }, state_->component);
-  return detail::non_finite_values(parameters, state_->files.checkpoint);
+  return out;
+}
+
+template <class B, Precision P, class D, class... C>
+std::string Model<B, P, D, C...>::non_finite_weights() const {
+  return detail::non_finite_values(named_parameters(), state_->files.checkpoint);
 }
 
 template <class B, Precision P, class D, class... C>
@@ -304,7 +306,7 @@ Model<B, P, D, C...> Model<B, P, D, C...>::load(detail::ModelFiles files, B back
   const std::string& directory = state.files.directory;
 
   std::vector<detail::NamedParameter> parameters;
-  const auto collect = [&](std::string_view name, Parameter& p) { parameters.push_back({std::string(name), &p}); };
+  const detail::CollectParameters collect{parameters};
   // Bytes that packing takes: matrices in the format of their part, vectors in the backend's scalar.
   std::size_t needed = 0, counted = 0;
   const auto add_bytes = [&](auto format_of) {
@@ -434,7 +436,7 @@ auto Model<B, P, D, C...>::encode_media(Context<B>& ctx, const Component& compon
     hash.value(index);
     hash_content(hash, input);
     key = hash.key();
-    if (MediaPointer found = state_->media.find(key)) return found;
+    if (const auto found = state_->media.find(key)) return std::static_pointer_cast<const detail::EncodedMedia<Scalar>>(found);
   } else {
     key = detail::unique_key();
   }
@@ -444,7 +446,7 @@ auto Model<B, P, D, C...>::encode_media(Context<B>& ctx, const Component& compon
   media->rows = std::move(encoded.embeddings);
   media->token_ids = std::move(encoded.token_ids);
   if (!encoded.pyramid.empty()) media->cross = state_->decoder.cross_features(ctx, std::move(encoded.pyramid));
-  if constexpr (detail::HashableContent<Input>) state_->media.insert(media);
+  if constexpr (detail::HashableContent<Input>) state_->media.insert(key, media, media->bytes());
   return media;
 }
 
@@ -617,11 +619,13 @@ std::vector<Generation> Model<B, P, D, C...>::generate(std::span<const PromptTyp
                                                        FunctionRef<void(std::size_t, std::string_view)> on_text) const try {
   require<OptionError>(!options.on_text, "m2lm: options.on_text for several prompts cannot say whose text it gets; give generate an on_text(index, text)");
   if (prompts.empty()) return {};
-  std::deque<Session> sessions;
-  std::deque<typename Session::Turn> turns;
+  std::vector<Session> sessions;
+  sessions.reserve(prompts.size());
+  typename Session::Turns turns;
   for (const PromptType& prompt : prompts) {
     sessions.push_back(session());
-    Session::prepare(turns.emplace_back(sessions.back(), prompt), false);
+    turns.push_back(std::make_unique<typename Session::Turn>(sessions.back(), prompt));
+    Session::prepare(*turns.back(), false);
   }
   return Session::answer(turns, options, on_text);
 } catch (const std::bad_alloc&) {
@@ -665,9 +669,10 @@ template <class B, Precision P, class D, class... C>
 std::vector<Score> Model<B, P, D, C...>::score(const PromptType& prompt, std::optional<std::vector<std::int32_t>> ids,
                                                std::span<const std::vector<std::int32_t>> continuations) const {
   Session scratch = session();
-  std::deque<typename Session::Turn> turns;
-  turns.emplace_back(scratch, prompt).ids = std::move(ids);
-  Session::prepare(turns.front(), false);
+  typename Session::Turns turns;
+  turns.push_back(std::make_unique<typename Session::Turn>(scratch, prompt));
+  turns[0]->ids = std::move(ids);
+  Session::prepare(*turns[0], false);
   return Session::score(turns, continuations);
 }
 

@@ -8,13 +8,14 @@
 #include <m2lm/models/chat_template.hpp>
 #include <m2lm/models/generation.hpp>
 #include <m2lm/models/media_cache.hpp>
+#include <m2lm/models/prompt.hpp>
 #include <m2lm/models/sequence.hpp>
 #include <m2lm/parts/decoders/llama.hpp>
 
 #include <algorithm>
 #include <chrono>
 #include <cmath>
-#include <deque>
+#include <memory>
 #include <new>
 #include <optional>
 #include <span>
@@ -86,7 +87,7 @@ class BasicSession {
     }
   };
 
-  /// One prompt on its way into a session. Turns stay where they are: a deque holds those of a batch.
+  /// One prompt on its way into a session.
   struct Turn {
     BasicSession& session;
     const PromptType& prompt;
@@ -99,6 +100,7 @@ class BasicSession {
     Turn(BasicSession& s, const PromptType& p) : session(s), prompt(p), restore(s) {}
     std::int64_t tokens() const { return static_cast<std::int64_t>(embedded.sequence.ids.size()); }
   };
+  using Turns = std::vector<std::unique_ptr<Turn>>;
   friend M;
 
  public:
@@ -131,9 +133,9 @@ class BasicSession {
   std::int64_t common_prefix(const typename M::Embedded& embedded) const;
   void forget_from(std::int64_t position);
   static void prepare(Turn& turn, bool whole);
-  static Tensor<S> prefill(std::deque<Turn>& turns);
-  static std::vector<Generation> answer(std::deque<Turn>& turns, const GenerateOptions& options, FunctionRef<void(std::size_t, std::string_view)> on_text = {});
-  static std::vector<Score> score(std::deque<Turn>& turns, std::span<const std::vector<std::int32_t>> continuations);
+  static Tensor<S> prefill(Turns& turns);
+  static std::vector<Generation> answer(Turns& turns, const GenerateOptions& options, FunctionRef<void(std::size_t, std::string_view)> on_text = {});
+  static std::vector<Score> score(Turns& turns, std::span<const std::vector<std::int32_t>> continuations);
 };
 
 // Members are defined out of class, as Model's are.
@@ -235,10 +237,10 @@ void BasicSession<M>::prepare(Turn& turn, bool whole) {
 /// Runs the decoder over the new positions of all turns, in pieces of fixed size (each result is the same as at once), and returns the
 /// hidden state of each turn's last position: [turns, hidden].
 template <class M>
-auto BasicSession<M>::prefill(std::deque<Turn>& turns) -> Tensor<S> {
-  const M& model = turns[0].session.model_;
+auto BasicSession<M>::prefill(Turns& turns) -> Tensor<S> {
+  const M& model = turns[0]->session.model_;
   const auto& state = *model.state_;
-  Arena& arena = turns[0].session.arena_;
+  Arena& arena = turns[0]->session.arena_;
   Context<B> ctx{model.backend(), arena, &state.decoder.embed_tokens.weight.value};
   const std::int64_t hidden = model.decoder_config().hidden_size;
   constexpr std::int64_t piece = 512;
@@ -249,33 +251,33 @@ auto BasicSession<M>::prefill(std::deque<Turn>& turns) -> Tensor<S> {
   std::vector<Part> parts;
   std::vector<SequenceRows<B>> rows;
   Tensor<S> last(Shape{static_cast<std::int64_t>(turns.size()), hidden});
-  std::int64_t from = turns[0].kept;
+  std::int64_t from = turns[0]->kept;
   for (std::size_t t = 0; t < turns.size();) {
     parts.clear();
     rows.clear();
     std::int64_t total = 0;
     while (t < turns.size() && total < piece) {
-      const std::int64_t count = std::min(piece - total, turns[t].tokens() - from);
+      const std::int64_t count = std::min(piece - total, turns[t]->tokens() - from);
       parts.push_back({t, from, count});
-      rows.push_back({&turns[t].session.cache_, total, count, turns[t].session.cross_});
+      rows.push_back({&turns[t]->session.cache_, total, count, turns[t]->session.cross_});
       total += count;
       from += count;
-      if (from == turns[t].tokens() && ++t < turns.size()) from = turns[t].kept;
+      if (from == turns[t]->tokens() && ++t < turns.size()) from = turns[t]->kept;
     }
     const Arena::Scope scope(arena);
     const Matrix<S> h = arena.matrix<S>(total, hidden);
     for (std::size_t i = 0; i < parts.size(); ++i)
-      model.embed(ctx, turns[parts[i].turn].embedded, parts[i].from, h.rows(rows[i].begin, rows[i].begin + parts[i].count));
+      model.embed(ctx, turns[parts[i].turn]->embedded, parts[i].from, h.rows(rows[i].begin, rows[i].begin + parts[i].count));
     state.decoder.forward(ctx, h, rows);
     for (std::size_t i = 0; i < parts.size(); ++i)
-      if (parts[i].from + parts[i].count == turns[parts[i].turn].tokens())
+      if (parts[i].from + parts[i].count == turns[parts[i].turn]->tokens())
         std::copy_n(h.row(rows[i].begin + parts[i].count - 1), hidden, last.data() + static_cast<std::int64_t>(parts[i].turn) * hidden);
   }
-  for (Turn& turn : turns) {
-    BasicSession& s = turn.session;
-    s.history_.insert(s.history_.end(), turn.embedded.sequence.ids.begin() + turn.kept, turn.embedded.sequence.ids.end());
+  for (const auto& turn : turns) {
+    BasicSession& s = turn->session;
+    s.history_.insert(s.history_.end(), turn->embedded.sequence.ids.begin() + turn->kept, turn->embedded.sequence.ids.end());
     s.pending_.clear();
-    s.chatting_ = s.chatting_ || turn.prompt.form == PromptForm::chat;
+    s.chatting_ = s.chatting_ || turn->prompt.form == PromptForm::chat;
   }
   return last;
 }
@@ -283,14 +285,14 @@ auto BasicSession<M>::prefill(std::deque<Turn>& turns) -> Tensor<S> {
 /// Prefills the prepared turns and answers them together: one step of the decoder gives the next token of all that go on. Each answer
 /// is the same as alone.
 template <class M>
-std::vector<Generation> BasicSession<M>::answer(std::deque<Turn>& turns, const GenerateOptions& options,
+std::vector<Generation> BasicSession<M>::answer(Turns& turns, const GenerateOptions& options,
                                                 FunctionRef<void(std::size_t, std::string_view)> on_text) {
   using Clock = std::chrono::steady_clock;
   const auto seconds_since = [](Clock::time_point start) { return std::chrono::duration<double>(Clock::now() - start).count(); };
-  const M& model = turns[0].session.model_;
+  const M& model = turns[0]->session.model_;
   const auto& state = *model.state_;
   const LlamaConfig& config = model.decoder_config();
-  Arena& arena = turns[0].session.arena_;
+  Arena& arena = turns[0]->session.arena_;
   Context<B> ctx{model.backend(), arena, &state.decoder.embed_tokens.weight.value};
 
   // All memory that the answers need is taken before they begin; the context bounds it.
@@ -301,28 +303,28 @@ std::vector<Generation> BasicSession<M>::answer(std::deque<Turn>& turns, const G
   };
   std::vector<Stream> streams;
   for (std::size_t i = 0; i < turns.size(); ++i) streams.push_back({on_text, i});
-  std::deque<detail::Answer> answers;
+  std::vector<std::unique_ptr<detail::Answer>> answers;
   for (std::size_t i = 0; i < turns.size(); ++i) {
-    BasicSession& s = turns[i].session;
+    BasicSession& s = turns[i]->session;
     if (!s.seeded_ || options.seed != 0) s.rng_ = Rng(options.seed);
     s.seeded_ = true;
-    const std::int64_t room = s.cache_.capacity() - s.cache_.length() - (turns[i].tokens() - turns[i].kept);
+    const std::int64_t room = s.cache_.capacity() - s.cache_.length() - (turns[i]->tokens() - turns[i]->kept);
     std::span<const std::string_view> stop_strings;
-    if (turns[i].prompt.form == PromptForm::chat) stop_strings = model.template_of(turns[i].prompt).stop_strings;
-    answers.emplace_back(options, detail::AnswerContext{.vocab_size = config.vocab_size, .room = room,
+    if (turns[i]->prompt.form == PromptForm::chat) stop_strings = model.template_of(turns[i]->prompt).stop_strings;
+    answers.push_back(std::make_unique<detail::Answer>(options, detail::AnswerContext{.vocab_size = config.vocab_size, .room = room,
                                                         .tokenizer = state.files.tokenizer ? &*state.files.tokenizer : nullptr,
                                                         .stop_tokens = state.files.stop_tokens, .stop_strings = stop_strings,
-                                                        .on_text = on_text ? FunctionRef<void(std::string_view)>(streams[i]) : options.on_text});
-    s.history_.reserve(s.history_.size() + static_cast<std::size_t>(turns[i].tokens() + std::min(options.max_new_tokens, room + 1)));
-    answers.back().result.timings.encode_seconds = turns[i].encode_seconds;
-    answers.back().result.timings.prefill_tokens = turns[i].tokens() - turns[i].kept;
+                                                        .on_text = on_text ? FunctionRef<void(std::string_view)>(streams[i]) : options.on_text}));
+    s.history_.reserve(s.history_.size() + static_cast<std::size_t>(turns[i]->tokens() + std::min(options.max_new_tokens, room + 1)));
+    answers.back()->result.timings.encode_seconds = turns[i]->encode_seconds;
+    answers.back()->result.timings.prefill_tokens = turns[i]->tokens() - turns[i]->kept;
   }
   auto start = Clock::now();
   Tensor<S> hidden = prefill(turns);
   const double prefill_seconds = seconds_since(start);
   for (std::size_t i = 0; i < turns.size(); ++i) {
-    turns[i].session.pending_.reserve(1);
-    answers[i].result.timings.prefill_seconds = prefill_seconds;
+    turns[i]->session.pending_.reserve(1);
+    answers[i]->result.timings.prefill_seconds = prefill_seconds;
   }
 
   std::vector<std::size_t> active;  // turns whose answers go on; row r of `hidden` is of turn active[r]
@@ -335,19 +337,19 @@ std::vector<Generation> BasicSession<M>::answer(std::deque<Turn>& turns, const G
   Tensor<float> processed(Shape{config.vocab_size});
   const auto count = [&] { return static_cast<std::int64_t>(active.size()); };
   // Those that have ended leave; the rows of `hidden` are written anew before the next step reads them.
-  const auto drop_ended = [&] { std::erase_if(active, [&](std::size_t i) -> bool { return answers[i].ended(); }); };
+  const auto drop_ended = [&] { std::erase_if(active, [&](std::size_t i) -> bool { return answers[i]->ended(); }); };
   start = Clock::now();
   drop_ended();  // no token was asked for
   for (bool first = true; !active.empty(); first = false) {
     if (options.cancel && options.cancel->load()) {
-      for (const std::size_t i : active) answers[i].end(FinishReason::cancelled);
+      for (const std::size_t i : active) answers[i]->end(FinishReason::cancelled);
       break;
     }
     if (!first) {  // feed the tokens chosen last
       rows.clear();
       ids.clear();
       for (const std::size_t i : active) {
-        BasicSession& s = turns[i].session;
+        BasicSession& s = turns[i]->session;
         require<CapacityError>(s.cache_.length() < s.cache_.capacity(), "m2lm: the answer needs ", s.cache_.length() + 1, " positions, the context holds ",
                                s.cache_.capacity());
         rows.push_back({&s.cache_, static_cast<std::int64_t>(rows.size()), 1, M2LM_FAULT(62) ? std::span<const CrossInstance<S>>() : s.cross_});
@@ -357,10 +359,10 @@ std::vector<Generation> BasicSession<M>::answer(std::deque<Turn>& turns, const G
       state.decoder.embed_tokens.forward(ctx, ids, h);
       state.decoder.forward(ctx, h, rows);
       for (const std::size_t i : active) {
-        BasicSession& s = turns[i].session;
+        BasicSession& s = turns[i]->session;
         s.history_.push_back(s.pending_.front());
         s.pending_.clear();
-        ++answers[i].result.timings.decode_tokens;
+        ++answers[i]->result.timings.decode_tokens;
       }
     }
     const Arena::Scope scope(arena);
@@ -372,9 +374,9 @@ std::vector<Generation> BasicSession<M>::answer(std::deque<Turn>& turns, const G
       const std::size_t i = active[static_cast<std::size_t>(r)];
       const S* row = logits.data() + r * config.vocab_size;
       for (std::int64_t j = 0; j < config.vocab_size; ++j) processed.data()[j] = static_cast<float>(row[j]);
-      BasicSession& s = turns[i].session;
+      BasicSession& s = turns[i]->session;
       try {
-        s.pending_.push_back(answers[i].next(processed.span(), s.history_, s.rng_));
+        s.pending_.push_back(answers[i]->next(processed.span(), s.history_, s.rng_));
       } catch (const NumericError& error) {
         throw NumericError(error.what() + model.non_finite_weights());
       }
@@ -383,17 +385,18 @@ std::vector<Generation> BasicSession<M>::answer(std::deque<Turn>& turns, const G
   }
   std::vector<Generation> out;
   for (std::size_t i = 0; i < turns.size(); ++i) {
-    answers[i].result.timings.decode_seconds = seconds_since(start);
-    out.push_back(std::move(answers[i].result));
-    turns[i].restore.done = true;
+    answers[i]->result.timings.decode_seconds = seconds_since(start);
+    out.push_back(std::move(answers[i]->result));
+    turns[i]->restore.done = true;
   }
   return out;
 }
 
 template <class M>
 Generation BasicSession<M>::generate(const PromptType& prompt, const GenerateOptions& options) try {
-  std::deque<Turn> turns;
-  prepare(turns.emplace_back(*this, prompt), false);
+  Turns turns;
+  turns.push_back(std::make_unique<Turn>(*this, prompt));
+  prepare(*turns[0], false);
   return std::move(answer(turns, options).front());
 } catch (const std::bad_alloc&) {
   detail::throw_out_of_memory("an answer");
@@ -401,8 +404,9 @@ Generation BasicSession<M>::generate(const PromptType& prompt, const GenerateOpt
 
 template <class M>
 Generation BasicSession<M>::complete(const PromptType& whole, const GenerateOptions& options) try {
-  std::deque<Turn> turns;
-  prepare(turns.emplace_back(*this, whole), true);
+  Turns turns;
+  turns.push_back(std::make_unique<Turn>(*this, whole));
+  prepare(*turns[0], true);
   return std::move(answer(turns, options).front());
 } catch (const std::bad_alloc&) {
   detail::throw_out_of_memory("an answer");
@@ -410,8 +414,8 @@ Generation BasicSession<M>::complete(const PromptType& whole, const GenerateOpti
 
 /// log P of each continuation behind the one prepared turn, which is computed once.
 template <class M>
-std::vector<Score> BasicSession<M>::score(std::deque<Turn>& turns, std::span<const std::vector<std::int32_t>> continuations) {
-  BasicSession& session = turns[0].session;
+std::vector<Score> BasicSession<M>::score(Turns& turns, std::span<const std::vector<std::int32_t>> continuations) {
+  BasicSession& session = turns[0]->session;
   const M& model = session.model_;
   const auto& state = *model.state_;
   const LlamaConfig& config = model.decoder_config();
