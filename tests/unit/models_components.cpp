@@ -106,3 +106,24 @@ TEST_CASE("each component's placeholders are counted for themselves") {
   other.attach<"left">(rows(1, 0.0F));
   CHECK_THROWS_WITH_AS(model.input_ids(other), doctest::Contains("1 <right> placeholders, but 0 attached"), m2lm::InputError);
 }
+
+TEST_CASE("a placeholder that config.json names, and the tokenizer does not, stands in text all the same") {
+  using Own = m2lm::Model<Cpu, in_f32, m2lm::LlamaDecoder<>, m2lm::Modality<"left", user::RowsEncoder, m2lm::IdentityProjector>>;
+  for (const bool named : {false, true}) {
+    const TemporaryDirectory directory;
+    m2lm::LlamaConfig config = m2lm::testing::small_llama();
+    config.vocab_size = m2lm::Tokenizer::from_directory(golden("llava/with_tokenizer")).vocab_size();
+    m2lm::testing::write_synthetic_llama(directory.path(), config);
+    for (const char* file : {"tokenizer.model", "tokenizer_config.json", "added_tokens.json"})
+      if (readable(golden(std::string("llava/with_tokenizer/") + file))) directory.write(file, m2lm::read_file(golden(std::string("llava/with_tokenizer/") + file)));
+    if (named) change_text(directory, "config.json", "{", "{\"left_token_id\": 7, ");
+    const Own model = Own::from_pretrained(directory.path(), Cpu({.threads = 1}));
+    CHECK(model.placeholder_id<"left">() == (named ? 7 : -1));
+    auto prompt = model.raw_prompt("One <left> two");
+    prompt.attach<"left">(rows(3, 0.0F));
+    const std::vector<std::int32_t> ids = model.input_ids(prompt), text = model.tokenizer().encode("One ", true);
+    CHECK(std::equal(text.begin(), text.end(), ids.begin()));
+    CHECK(std::count(ids.begin(), ids.end(), model.placeholder_id<"left">()) == 3);
+    CHECK(ids[text.size()] == model.placeholder_id<"left">());
+  }
+}

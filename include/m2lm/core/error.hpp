@@ -4,6 +4,7 @@
 
 #include <m2lm/config.hpp>
 
+#include <concepts>
 #include <cstdint>
 #include <exception>
 #include <new>
@@ -68,10 +69,16 @@ template <class T>
 void append_piece(std::string& out, T value) {
   out += std::to_string(value);
 }
+/// Shapes and the like: written out only when the message is.
+template <class T>
+  requires requires(const T& value) { { value.string() } -> std::convertible_to<std::string>; }
+void append_piece(std::string& out, const T& value) {
+  out += value.string();
+}
 
 }  // namespace detail
 
-/// Joins strings and numbers: concat("rows ", 3, " of ", 4).
+/// Joins strings, numbers and what has a `string()`: concat("rows ", 3, " of ", 4).
 template <class... Piece>
 std::string concat(const Piece&... piece) {
   std::string out;

@@ -27,7 +27,7 @@ Tensor<S> flatten(std::span<const FeatureLevel<S>> levels) {
   Tensor<S> out(Shape{rows, levels.empty() ? 0 : levels[0].values.shape()[1]});
   S* to = out.data();
   for (const FeatureLevel<S>& level : levels) {
-    require(level.values.shape()[1] == out.shape()[1], "m2lm::flatten: a level is ", level.values.shape().string(), ", the first has ", out.shape()[1], " channels");
+    require(level.values.shape()[1] == out.shape()[1], "m2lm::flatten: a level is ", level.values.shape(), ", the first has ", out.shape()[1], " channels");
     for (const S& value : level.values.span()) *to++ = value;
   }
   return out;

@@ -9,7 +9,8 @@ namespace m2lm {
 
 namespace detail {
 
-/// A size: at least 1 and small enough that products of three do not overflow.
+/// A size: at least 1 and at most `most`. Products of three sizes do not overflow; a fourth factor (a patch's side or its channels)
+/// is bounded more closely.
 inline std::int64_t read_size(const ConfigValue& v, std::string_view key, std::int64_t fallback, std::int64_t most = std::int64_t{1} << 20) {
   const std::int64_t n = v.get_or<std::int64_t>(key, fallback);
   if (n < 1 || n > most) v.fail(concat(key, " = ", n, " is outside 1 to ", most));
@@ -117,8 +118,8 @@ M2LM_IMPL void read_config(const ConfigValue& root, ClipVisionConfig& config) {
   config.num_layers = detail::read_size(vision, "num_hidden_layers", llava ? 24 : 12, detail::most_layers);
   config.num_heads = detail::read_size(vision, "num_attention_heads", llava ? 16 : 12);
   config.image_size = detail::read_size(vision, "image_size", llava ? 336 : 224);
-  config.patch_size = detail::read_size(vision, "patch_size", llava ? 14 : 32);
-  config.num_channels = detail::read_size(vision, "num_channels", 3);
+  config.patch_size = detail::read_size(vision, "patch_size", llava ? 14 : 32, 1024);
+  config.num_channels = detail::read_size(vision, "num_channels", 3, 64);
   config.projection_dim = detail::read_size(vision, "projection_dim", llava ? 768 : 512);
   config.layer_norm_eps = detail::read_positive(vision, "layer_norm_eps", 1e-5);
   config.activation = read_activation(vision, vision.get_or<std::string>("hidden_act", "quick_gelu"));

@@ -312,6 +312,8 @@ Model<B, P, D, C...> Model<B, P, D, C...>::load(detail::ModelFiles files, B back
   const auto add_bytes = [&](auto format_of) {
     for (; counted < parameters.size(); ++counted) {
       const Shape& shape = parameters[counted].parameter->shape;
+      // An embedding table is read where it lies; only as the head too it is packed.
+      if (parameters[counted].name == "model.embed_tokens.weight" && !state.decoder.config().tie_word_embeddings) continue;
       const bool packed = shape.rank() >= 2 && std::is_same_v<Scalar, float> && !std::is_same_v<B, Reference<float>>;
       needed += static_cast<std::size_t>(shape.elements()) * (packed ? dtype_size(format_of(parameters[counted].name)) : sizeof(Scalar));
     }
@@ -412,7 +414,7 @@ auto Model<B, P, D, C...>::given_media(const AnyTensor& given, const detail::Com
   const std::int64_t hidden = decoder_config().hidden_size;
   require<InputError>(tokens.insertion != InsertionKind::discrete_tokens, "m2lm: <", tokens.name, "> enters as token ids; embeddings cannot be attached to it");
   require<InputError>(given.has_value() && given.shape().rank() == 2 && given.shape()[1] == hidden, "m2lm: the embeddings attached to <", tokens.name, "> are ",
-                      given.shape().string(), ", expected [tokens, ", hidden, "]");
+                      given.shape(), ", expected [tokens, ", hidden, "]");
   auto media = std::make_shared<detail::EncodedMedia<Scalar>>();
   media->rows = given.template to<Scalar>();
   const auto is_finite = [](Scalar x) { return x - x == Scalar(0); };
@@ -560,11 +562,10 @@ auto Model<B, P, D, C...>::logits(std::span<const PromptType> prompts) const -> 
     row += count;
   }
   state_->decoder.forward(ctx, h, sequences);
-  if (!M2LM_FAULT(26)) state_->decoder.norm.forward(ctx, h, h);
   std::vector<Tensor<Scalar>> out;
   for (const SequenceRows<B>& s : sequences) {
     out.emplace_back(Shape{s.count, config.vocab_size});
-    state_->decoder.head.forward(ctx, h.rows(s.begin, s.begin + s.count), out.back().template view<2>());
+    state_->decoder.predict(ctx, h.rows(s.begin, s.begin + s.count), out.back().template view<2>());
   }
   state_->files.checkpoint.require_intact();
   return out;
@@ -657,6 +658,7 @@ std::vector<Score> Model<B, P, D, C...>::score(const PromptType& prompt, std::sp
       out[i] = score(prompt, std::vector<std::int32_t>(alone.begin(), parting.first), std::span<const std::vector<std::int32_t>>(&own, 1)).front();
     }
   }
+  if (rest.empty()) return out;
   const std::vector<Score> scores = score(prompt, alone, rest);
   for (std::size_t i = 0; i < whose.size(); ++i) out[whose[i]] = scores[i];
   return out;

@@ -166,7 +166,9 @@ M2LM_IMPL ComponentTokens component_tokens(const ModelFiles& files, std::string_
   out.after = delimiter(after, "_end_token_id");
   if (insertion == InsertionKind::prefix_after_bos) return out;  // nothing in the text stands for an instance
   std::optional<std::int32_t> id = configured({"_token_index", "_token_id"});
-  if (!id && files.tokenizer) id = files.tokenizer->token_id(concat("<", name, ">"));
+  const std::optional<std::int32_t> token = files.tokenizer ? files.tokenizer->token_id(concat("<", name, ">")) : std::nullopt;
+  out.is_token = token.has_value() && (!id || *id == *token);
+  if (!id) id = token;
   if (id) out.placeholder = *id;
   if (name == "image" && files.config.get_or<bool>("mm_use_im_start_end", false)) {
     out.text_before = "<im_start>";
@@ -191,7 +193,7 @@ M2LM_IMPL std::vector<std::int32_t> encode_text(const Tokenizer& tokenizer, std:
     std::size_t first = std::string_view::npos;
     const ComponentTokens* found = nullptr;
     for (const ComponentTokens& c : components) {
-      if (c.placeholder >= 0 || c.insertion == InsertionKind::prefix_after_bos) continue;
+      if (c.is_token || c.insertion == InsertionKind::prefix_after_bos) continue;
       const std::size_t at = text.find(concat("<", c.name, ">"));
       if (at >= first) continue;
       first = at;

@@ -37,6 +37,7 @@ struct ComponentTokens {
   InsertionKind insertion = InsertionKind::expand_placeholder;
   std::int32_t placeholder = -1;            ///< negative, and not in the vocabulary, where "<name>" is no token of the checkpoint
   std::optional<std::int32_t> before, after;
+  bool is_token = false;                    ///< the tokenizer knows "<name>"; else text is cut at it
   std::string_view text_before = {}, text_after = {};  ///< stand around "<name>" in text; token ids hold them already
 };
 

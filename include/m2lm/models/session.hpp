@@ -365,10 +365,7 @@ std::vector<Generation> BasicSession<M>::answer(Turns& turns, const GenerateOpti
         ++answers[i]->result.timings.decode_tokens;
       }
     }
-    const Arena::Scope scope(arena);
-    const Matrix<S> normed = arena.matrix<S>(count(), config.hidden_size);
-    state.decoder.norm.forward(ctx, hidden.template view<2>().rows(0, count()), normed);
-    state.decoder.head.forward(ctx, normed, logits.template view<2>().rows(0, count()));
+    state.decoder.predict(ctx, hidden.template view<2>().rows(0, count()), logits.template view<2>().rows(0, count()));
     state.files.checkpoint.require_intact();  // embeddings are read from the file
     for (std::int64_t r = 0; r < count(); ++r) {
       const std::size_t i = active[static_cast<std::size_t>(r)];
@@ -421,39 +418,50 @@ std::vector<Score> BasicSession<M>::score(Turns& turns, std::span<const std::vec
   const LlamaConfig& config = model.decoder_config();
   Arena& arena = session.arena_;
   Context<B> ctx{model.backend(), arena, &state.decoder.embed_tokens.weight.value};
+  std::int64_t longest = 0;
+  for (std::size_t i = 0; i < continuations.size(); ++i) {
+    for (const std::int32_t id : continuations[i])
+      require<InputError>(id >= 0 && id < config.vocab_size, "m2lm: token id ", id, " of continuation ", i, " is outside the vocabulary of ", config.vocab_size);
+    longest = std::max(longest, static_cast<std::int64_t>(continuations[i].size()));
+  }
+  const std::int64_t room = session.cache_.capacity() - session.cache_.length() - turns[0]->tokens();
+  require<CapacityError>(longest - 1 <= room, "m2lm: a continuation of ", longest, " tokens behind a prompt of ", turns[0]->tokens(), " needs more than the ",
+                         session.cache_.capacity(), " positions that the context holds");
   const Tensor<S> last = prefill(turns);
 
-  std::vector<Score> out(continuations.size());
-  Tensor<S> normed(Shape{1, config.hidden_size}), logits(Shape{1, config.vocab_size});
-  const auto add = [&](Score& score, Matrix<const S> hidden, std::int32_t token) {
-    state.decoder.norm.forward(ctx, hidden, normed.template view<2>());
-    state.decoder.head.forward(ctx, normed.template view<2>(), logits.template view<2>());
-    double largest = static_cast<double>(logits.data()[0]), sum = 0;
-    for (const S x : logits.span()) largest = std::max(largest, static_cast<double>(x));
-    for (const S x : logits.span()) sum += std::exp(static_cast<double>(x) - largest);
-    const double own = static_cast<double>(logits.data()[token]);
-    if (!(sum > 0) || !std::isfinite(sum)) throw NumericError("m2lm: the logits hold NaN or infinity" + model.non_finite_weights());
+  // log P of a token in a row of logits, and whether greedy decoding would choose it.
+  const auto add = [&](Score& score, const S* row, std::int32_t token) {
+    double largest = static_cast<double>(row[0]), sum = 0;
+    for (std::int64_t j = 0; j < config.vocab_size; ++j) largest = std::max(largest, static_cast<double>(row[j]));
+    for (std::int64_t j = 0; j < config.vocab_size; ++j) sum += std::exp(static_cast<double>(row[j]) - largest);
+    if (!std::isfinite(largest) || !std::isfinite(sum)) throw NumericError("m2lm: the logits hold NaN or infinity" + model.non_finite_weights());
+    const double own = static_cast<double>(row[token]);
     score.log_probability += own - largest - std::log(sum);
-    score.greedy = score.greedy && own == largest;
+    score.greedy = score.greedy && std::max_element(row, row + config.vocab_size) - row == token;
     ++score.tokens;
   };
+  std::vector<Score> out(continuations.size());
+  constexpr std::int64_t piece = 16;  // rows of logits at a time
+  Tensor<S> first(Shape{1, config.vocab_size}), logits(Shape{piece, config.vocab_size});
+  state.decoder.predict(ctx, last.template view<2>(), first.template view<2>());
   for (std::size_t i = 0; i < continuations.size(); ++i) {
-    const std::vector<std::int32_t>& ids = continuations[i];
-    for (const std::int32_t id : ids)
-      require<InputError>(id >= 0 && id < config.vocab_size, "m2lm: token id ", id, " of continuation ", i, " is outside the vocabulary of ", config.vocab_size);
+    const std::span<const std::int32_t> ids = continuations[i];
     if (ids.empty()) continue;
-    add(out[i], last.template view<2>(), ids[0]);
+    add(out[i], first.data(), ids[0]);
     const auto rest = static_cast<std::int64_t>(ids.size()) - 1;
-    if (rest == 0) continue;
-    KvCache<B> cache = session.cache_.fork(ctx, session.cache_.length() + rest);
+    const std::int64_t length = session.cache_.length();
     const Arena::Scope scope(arena);
     const Matrix<S> h = arena.matrix<S>(rest, config.hidden_size);
-    state.decoder.embed_tokens.forward(ctx, std::span<const std::int32_t>(ids).first(static_cast<std::size_t>(rest)), h);
-    const SequenceRows<B> rows{&cache, 0, rest, session.cross_};
+    state.decoder.embed_tokens.forward(ctx, ids.first(static_cast<std::size_t>(rest)), h);
+    const SequenceRows<B> rows{&session.cache_, 0, rest, session.cross_};
     state.decoder.forward(ctx, h, std::span<const SequenceRows<B>>(&rows, 1));
-    for (std::int64_t t = 0; t < rest; ++t) add(out[i], h.rows(t, t + 1), ids[static_cast<std::size_t>(t) + 1]);
+    session.cache_.truncate(length);  // the next continuation stands in the same place
+    for (std::int64_t begin = 0; begin < rest; begin += piece) {
+      const std::int64_t count = std::min(piece, rest - begin);
+      state.decoder.predict(ctx, h.rows(begin, begin + count), logits.template view<2>().rows(0, count));
+      for (std::int64_t t = 0; t < count; ++t) add(out[i], logits.data() + t * config.vocab_size, ids[static_cast<std::size_t>(begin + t) + 1]);
+    }
   }
-  state.files.checkpoint.require_intact();
   return out;
 }
 

@@ -19,7 +19,7 @@ struct ActivationBackward;
 template <class B>
 void activation_forward(Context<B>& ctx, Matrix<const ScalarOf<B>> z, Activation activation, Matrix<ScalarOf<B>> y) {
   require(z.extent(0) == y.extent(0) && (z.extent(1) == y.extent(1) || z.extent(1) == 2 * y.extent(1)), "m2lm::ops::activation_forward: z is ",
-          z.shape().string(), ", y is ", y.shape().string());
+          z.shape(), ", y is ", y.shape());
   if (y.elements() != 0) Impl<ActivationForward, B>::run(ctx, z, activation, y);
 }
 
@@ -28,7 +28,7 @@ void activation_forward(Context<B>& ctx, Matrix<const ScalarOf<B>> z, Activation
 template <class B>
 void activation_backward(Context<B>& ctx, Matrix<const ScalarOf<B>> dy, Matrix<const ScalarOf<B>> z, Activation activation, Matrix<ScalarOf<B>> dz) {
   require(z.shape() == dz.shape() && z.extent(0) == dy.extent(0) && (z.extent(1) == dy.extent(1) || z.extent(1) == 2 * dy.extent(1)),
-          "m2lm::ops::activation_backward: z is ", z.shape().string(), ", dz is ", dz.shape().string(), ", dy is ", dy.shape().string());
+          "m2lm::ops::activation_backward: z is ", z.shape(), ", dz is ", dz.shape(), ", dy is ", dy.shape());
   if (dy.elements() != 0) Impl<ActivationBackward, B>::run(ctx, dy, z, activation, dz);
 }
 

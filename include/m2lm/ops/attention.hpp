@@ -54,8 +54,8 @@ KeyValuesPlan plan_key_values(Context<B>& ctx, DType format, std::int64_t kv_hea
 /// Stores k and v of tokens at positions [first, first + tokens). requires k, v [tokens, kv_heads·head_dim].
 template <class B>
 void append_key_values(Context<B>& ctx, Matrix<const ScalarOf<B>> k, Matrix<const ScalarOf<B>> v, std::int64_t first, const KeyValues& kv) {
-  require(k.shape() == v.shape() && k.extent(1) == kv.kv_heads * kv.head_dim, "m2lm::ops::append_key_values: k is ", k.shape().string(), ", v is ",
-          v.shape().string(), ", expected ", kv.kv_heads, " heads of ", kv.head_dim);
+  require(k.shape() == v.shape() && k.extent(1) == kv.kv_heads * kv.head_dim, "m2lm::ops::append_key_values: k is ", k.shape(), ", v is ",
+          v.shape(), ", expected ", kv.kv_heads, " heads of ", kv.head_dim);
   require<CapacityError>(first >= 0 && first + k.extent(0) <= kv.capacity, "m2lm::ops::append_key_values: positions ", first, " to ",
                          first + k.extent(0), " do not fit in ", kv.capacity);
   if (k.elements() != 0) Impl<AppendKeyValues, B>::run(ctx, k, v, first, kv);
@@ -73,14 +73,15 @@ void copy_key_values(Context<B>& ctx, const KeyValues& from, std::int64_t count,
 
 /// y = softmax(scale · q·kᵀ + mask)·v per head, softmax in f32 or better. Query t stands at position first + t; keys
 /// [0, keys) are stored. requires q, y [tokens, heads·head_dim], heads a multiple of kv_heads (head h reads kv head
-/// h / (heads / kv_heads)); every query sees a key, or there is a sink; y does not alias q. Never writes the whole score matrix. Keys are visited
-/// in blocks of fixed size from 0 on, so the bits do not depend on how queries are grouped into calls.
+/// h / (heads / kv_heads)); every query sees a key, or there is a sink; y does not alias q. Never writes the whole score matrix.
+/// Keys are visited in blocks of fixed size from 0 on, so the bits do not depend on how queries are grouped into calls.
 template <class B>
 void attention(Context<B>& ctx, Matrix<const ScalarOf<B>> q, const KeyValues& kv, std::int64_t keys, std::int64_t first, AttentionMask mask,
                double scale, Matrix<ScalarOf<B>> y, Sinks sinks = {}) {
-  require(q.shape() == y.shape() && q.extent(1) % (kv.kv_heads * kv.head_dim) == 0, "m2lm::ops::attention: q is ", q.shape().string(), ", y is ",
-          y.shape().string(), ", keys have ", kv.kv_heads, " heads of ", kv.head_dim);
-  require(keys <= kv.capacity && (keys > 0 || q.extent(0) == 0 || sinks.zero_logit) && (!mask.causal || first + q.extent(0) <= keys), "m2lm::ops::attention: ",
+  require(q.shape() == y.shape() && q.extent(1) % (kv.kv_heads * kv.head_dim) == 0, "m2lm::ops::attention: q is ", q.shape(), ", y is ",
+          y.shape(), ", keys have ", kv.kv_heads, " heads of ", kv.head_dim);
+  const bool ordered = mask.causal || mask.window > 0;
+  require(keys <= kv.capacity && (keys > 0 || q.extent(0) == 0 || sinks.zero_logit) && first >= 0 && (!ordered || first + q.extent(0) <= keys), "m2lm::ops::attention: ",
           q.extent(0), " queries from position ", first, " over ", keys, " keys of ", kv.capacity);
   if (q.elements() != 0) Impl<Attention, B>::run(ctx, q, kv, keys, first, mask, scale, y, sinks);
 }
@@ -95,10 +96,10 @@ void attention_backward(Context<B>& ctx, Matrix<const ScalarOf<B>> q, Matrix<con
                         Matrix<const ScalarOf<B>> y, Matrix<const ScalarOf<B>> dy, std::int64_t head_dim, AttentionMask mask, double scale,
                         Matrix<ScalarOf<B>> dq, Matrix<ScalarOf<B>> dk, Matrix<ScalarOf<B>> dv) {
   require(head_dim > 0 && k.extent(1) > 0 && k.extent(1) % head_dim == 0 && q.extent(1) % k.extent(1) == 0 && k.shape() == v.shape(),
-          "m2lm::ops::attention_backward: q is ", q.shape().string(), ", k is ", k.shape().string(), ", v is ", v.shape().string(), ", head_dim ", head_dim);
+          "m2lm::ops::attention_backward: q is ", q.shape(), ", k is ", k.shape(), ", v is ", v.shape(), ", head_dim ", head_dim);
   require(y.shape() == q.shape() && dy.shape() == q.shape() && dq.shape() == q.shape() && dk.shape() == k.shape() && dv.shape() == v.shape(),
-          "m2lm::ops::attention_backward: q is ", q.shape().string(), ", y ", y.shape().string(), ", dy ", dy.shape().string(), ", dq ", dq.shape().string(),
-          ", k ", k.shape().string(), ", dk ", dk.shape().string(), ", dv ", dv.shape().string());
+          "m2lm::ops::attention_backward: q is ", q.shape(), ", y ", y.shape(), ", dy ", dy.shape(), ", dq ", dq.shape(),
+          ", k ", k.shape(), ", dk ", dk.shape(), ", dv ", dv.shape());
   const bool ordered = mask.causal || mask.window > 0;
   require(k.extent(0) > 0 && (!ordered || q.extent(0) <= k.extent(0)), "m2lm::ops::attention_backward: ", q.extent(0), " queries over ", k.extent(0), " keys");
   Impl<AttentionBackward, B>::run(ctx, q, k, v, y, dy, head_dim, mask, scale, dq, dk, dv);

@@ -17,7 +17,7 @@ struct ScatterAddRows;
 template <class B>
 void gather_rows(Context<B>& ctx, const AnyTensor& table, std::span<const std::int32_t> ids, Matrix<ScalarOf<B>> y) {
   require(table.shape().rank() == 2 && y.extent(0) == static_cast<std::int64_t>(ids.size()) && y.extent(1) == table.shape()[1],
-          "m2lm::ops::gather_rows: table ", table.shape().string(), ", ", ids.size(), " ids, y ", y.shape().string());
+          "m2lm::ops::gather_rows: table ", table.shape(), ", ", ids.size(), " ids, y ", y.shape());
   for (const std::int32_t id : ids)
     require<InputError>(id >= 0 && id < table.shape()[0], "m2lm: token id ", id, " is outside the embedding table of ", table.shape()[0], " rows");
   Impl<GatherRows, B>::run(ctx, table, ids, y);
@@ -30,14 +30,14 @@ template <class B>
 void patchify(Context<B>& ctx, View<const ScalarOf<B>, 3> pixels, std::int64_t patch, Matrix<ScalarOf<B>> y) {
   require(patch > 0, "m2lm::ops::patchify: patch = ", patch);
   const std::int64_t rows = pixels.extent(1) / patch, columns = pixels.extent(2) / patch;
-  require(y.extent(0) == rows * columns && y.extent(1) == pixels.extent(0) * patch * patch, "m2lm::ops::patchify: y is ", y.shape().string());
+  require(y.extent(0) == rows * columns && y.extent(1) == pixels.extent(0) * patch * patch, "m2lm::ops::patchify: y is ", y.shape());
   Impl<Patchify, B>::run(ctx, pixels, patch, y);
 }
 
 /// x += addend, element by element. requires equal shapes.
 template <class B>
 void add_rows(Context<B>& ctx, Matrix<ScalarOf<B>> x, Matrix<const ScalarOf<B>> addend) {
-  require(x.shape() == addend.shape(), "m2lm::ops::add_rows: x is ", x.shape().string(), ", the addend ", addend.shape().string());
+  require(x.shape() == addend.shape(), "m2lm::ops::add_rows: x is ", x.shape(), ", the addend ", addend.shape());
   Impl<AddRows, B>::run(ctx, x, addend);
 }
 
@@ -46,7 +46,7 @@ void add_rows(Context<B>& ctx, Matrix<ScalarOf<B>> x, Matrix<const ScalarOf<B>> 
 template <class B>
 void scatter_add_rows(Context<B>& ctx, Matrix<const ScalarOf<B>> rows, std::span<const std::int32_t> ids, Matrix<ScalarOf<B>> table) {
   require(rows.extent(0) == static_cast<std::int64_t>(ids.size()) && rows.extent(1) == table.extent(1), "m2lm::ops::scatter_add_rows: table ",
-          table.shape().string(), ", ", ids.size(), " ids, rows ", rows.shape().string());
+          table.shape(), ", ", ids.size(), " ids, rows ", rows.shape());
   for (const std::int32_t id : ids)
     require<InputError>(id >= 0 && id < table.extent(0), "m2lm: token id ", id, " is outside the embedding table of ", table.extent(0), " rows");
   Impl<ScatterAddRows, B>::run(ctx, rows, ids, table);

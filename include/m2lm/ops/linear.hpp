@@ -37,8 +37,8 @@ template <class B>
 PackedMatrix pack(Context<B>& ctx, std::span<const AnyTensor> sources, DType format, bool gated = false) {
   require(!sources.empty(), "m2lm::ops::pack: no tensor given");
   for (const AnyTensor& t : sources) {
-    require(t.has_value() && t.shape().rank() >= 2, "m2lm::ops::pack: a matrix is needed, not ", t.shape().string());
-    require(columns_of(t.shape()) == columns_of(sources[0].shape()), "m2lm::ops::pack: ", t.shape().string(), " below ", sources[0].shape().string());
+    require(t.has_value() && t.shape().rank() >= 2, "m2lm::ops::pack: a matrix is needed, not ", t.shape());
+    require(columns_of(t.shape()) == columns_of(sources[0].shape()), "m2lm::ops::pack: ", t.shape(), " below ", sources[0].shape());
   }
   if (gated)
     require(sources.size() == 2 && sources[0].shape()[0] == sources[1].shape()[0],
@@ -52,12 +52,12 @@ PackedMatrix pack(Context<B>& ctx, std::span<const AnyTensor> sources, DType for
 template <class B>
 void linear(Context<B>& ctx, Matrix<const ScalarOf<B>> x, const PackedMatrix& w, const Epilogue<ScalarOf<B>>& epilogue, Matrix<ScalarOf<B>> y) {
   const std::int64_t outputs = w.gated ? w.rows / 2 : w.rows;
-  require(x.extent(1) == w.cols, "m2lm::ops::linear: x is ", x.shape().string(), ", the weight takes ", w.cols, " inputs");
-  require(y.extent(0) == x.extent(0) && y.extent(1) == outputs, "m2lm::ops::linear: y is ", y.shape().string(), ", expected ",
-          Shape{x.extent(0), outputs}.string());
+  require(x.extent(1) == w.cols, "m2lm::ops::linear: x is ", x.shape(), ", the weight takes ", w.cols, " inputs");
+  require(y.extent(0) == x.extent(0) && y.extent(1) == outputs, "m2lm::ops::linear: y is ", y.shape(), ", expected ",
+          Shape{x.extent(0), outputs});
   const auto& r = epilogue.residual;
   require(r.data() == nullptr || (r.extent(0) == y.extent(0) && r.extent(1) == outputs), "m2lm::ops::linear: the residual is ",
-          r.shape().string(), ", expected ", y.shape().string());
+          r.shape(), ", expected ", y.shape());
   if (y.elements() == 0) return;
   Impl<Linear, B>::run(ctx, x, w, epilogue, y);
 }
@@ -69,7 +69,7 @@ template <class B>
 void linear_input_gradient(Context<B>& ctx, Matrix<const ScalarOf<B>> dy, const PackedMatrix& w, Matrix<ScalarOf<B>> dx, bool accumulate = false) {
   require(!w.gated, "m2lm::ops::linear_input_gradient: the weight was packed for inference (gated); prepare the layer in a context with a tape");
   require(dy.extent(1) == w.rows && dx.extent(0) == dy.extent(0) && dx.extent(1) == w.cols, "m2lm::ops::linear_input_gradient: dy is ",
-          dy.shape().string(), ", dx is ", dx.shape().string(), ", the weight is ", Shape{w.rows, w.cols}.string());
+          dy.shape(), ", dx is ", dx.shape(), ", the weight is ", Shape{w.rows, w.cols});
   if (dx.elements() != 0) Impl<LinearInputGradient, B>::run(ctx, dy, w, dx, accumulate);
 }
 
@@ -80,8 +80,8 @@ template <class B>
 void linear_weight_gradient(Context<B>& ctx, Matrix<const ScalarOf<B>> x, Matrix<const ScalarOf<B>> dy, Matrix<ScalarOf<B>> dw, Vector<ScalarOf<B>> db) {
   require(x.extent(0) == dy.extent(0) && (dw.data() == nullptr || (dw.extent(0) == dy.extent(1) && dw.extent(1) == x.extent(1) && dw.contiguous())) &&
               (db.data() == nullptr || db.extent(0) == dy.extent(1)),
-          "m2lm::ops::linear_weight_gradient: x is ", x.shape().string(), ", dy is ", dy.shape().string(), ", dw is ", dw.shape().string(), ", db is ",
-          db.shape().string());
+          "m2lm::ops::linear_weight_gradient: x is ", x.shape(), ", dy is ", dy.shape(), ", dw is ", dw.shape(), ", db is ",
+          db.shape());
   if (dy.elements() != 0) Impl<LinearWeightGradient, B>::run(ctx, x, dy, dw, db);
 }
 

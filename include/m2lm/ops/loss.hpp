@@ -31,10 +31,10 @@ template <class B>
 void cross_entropy(Context<B>& ctx, Matrix<const ScalarOf<B>> logits, std::span<const std::int32_t> targets, double scale, Vector<ScalarOf<B>> losses,
                    Matrix<ScalarOf<B>> dlogits) {
   const auto rows = static_cast<std::int64_t>(targets.size());
-  require(logits.extent(0) == rows && losses.extent(0) == rows, "m2lm::ops::cross_entropy: logits are ", logits.shape().string(), ", losses ",
-          losses.shape().string(), ", for ", rows, " targets");
-  require(dlogits.data() == nullptr || dlogits.shape() == logits.shape(), "m2lm::ops::cross_entropy: logits are ", logits.shape().string(),
-          ", dlogits are ", dlogits.shape().string());
+  require(logits.extent(0) == rows && losses.extent(0) == rows, "m2lm::ops::cross_entropy: logits are ", logits.shape(), ", losses ",
+          losses.shape(), ", for ", rows, " targets");
+  require(dlogits.data() == nullptr || dlogits.shape() == logits.shape(), "m2lm::ops::cross_entropy: logits are ", logits.shape(),
+          ", dlogits are ", dlogits.shape());
   for (const std::int32_t t : targets)
     require<InputError>(t == ignored_target || (t >= 0 && t < logits.extent(1)), "m2lm: the target ", t, " is outside the vocabulary of ",
                         logits.extent(1), " tokens; ", ignored_target, " leaves a position out of the loss");

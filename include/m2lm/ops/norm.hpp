@@ -15,8 +15,8 @@ struct LayerNormBackward;
 /// source: Zhang & Sennrich 2019; LLaMA computes it in f32.
 template <class B>
 void rms_norm(Context<B>& ctx, Matrix<const ScalarOf<B>> x, Vector<const ScalarOf<B>> weight, double eps, Matrix<ScalarOf<B>> y) {
-  require(x.shape() == y.shape(), "m2lm::ops::rms_norm: x is ", x.shape().string(), ", y is ", y.shape().string());
-  require(weight.extent(0) == x.extent(1), "m2lm::ops::rms_norm: weight has ", weight.extent(0), " elements, x is ", x.shape().string());
+  require(x.shape() == y.shape(), "m2lm::ops::rms_norm: x is ", x.shape(), ", y is ", y.shape());
+  require(weight.extent(0) == x.extent(1), "m2lm::ops::rms_norm: weight has ", weight.extent(0), " elements, x is ", x.shape());
   if (x.elements() != 0) Impl<RmsNorm, B>::run(ctx, x, weight, eps, y);
 }
 
@@ -24,9 +24,9 @@ void rms_norm(Context<B>& ctx, Matrix<const ScalarOf<B>> x, Vector<const ScalarO
 template <class B>
 void layer_norm(Context<B>& ctx, Matrix<const ScalarOf<B>> x, Vector<const ScalarOf<B>> weight, Vector<const ScalarOf<B>> bias, double eps,
                 Matrix<ScalarOf<B>> y) {
-  require(x.shape() == y.shape(), "m2lm::ops::layer_norm: x is ", x.shape().string(), ", y is ", y.shape().string());
+  require(x.shape() == y.shape(), "m2lm::ops::layer_norm: x is ", x.shape(), ", y is ", y.shape());
   require(weight.extent(0) == x.extent(1) && bias.extent(0) == x.extent(1), "m2lm::ops::layer_norm: weight and bias have ", weight.extent(0),
-          " and ", bias.extent(0), " elements, x is ", x.shape().string());
+          " and ", bias.extent(0), " elements, x is ", x.shape());
   if (x.elements() != 0) Impl<LayerNorm, B>::run(ctx, x, weight, bias, eps, y);
 }
 
@@ -37,10 +37,10 @@ void layer_norm(Context<B>& ctx, Matrix<const ScalarOf<B>> x, Vector<const Scala
 template <class B>
 void rms_norm_backward(Context<B>& ctx, Matrix<const ScalarOf<B>> dy, Matrix<const ScalarOf<B>> x, Vector<const ScalarOf<B>> weight, double eps,
                        Matrix<ScalarOf<B>> dx, bool accumulate, Vector<ScalarOf<B>> dweight) {
-  require(x.shape() == dy.shape() && (dx.data() == nullptr || dx.shape() == x.shape()), "m2lm::ops::rms_norm_backward: x is ", x.shape().string(),
-          ", dy is ", dy.shape().string(), ", dx is ", dx.shape().string());
+  require(x.shape() == dy.shape() && (dx.data() == nullptr || dx.shape() == x.shape()), "m2lm::ops::rms_norm_backward: x is ", x.shape(),
+          ", dy is ", dy.shape(), ", dx is ", dx.shape());
   require(weight.extent(0) == x.extent(1) && (dweight.data() == nullptr || dweight.extent(0) == x.extent(1)), "m2lm::ops::rms_norm_backward: weight has ",
-          weight.extent(0), " elements, dweight ", dweight.extent(0), ", x is ", x.shape().string());
+          weight.extent(0), " elements, dweight ", dweight.extent(0), ", x is ", x.shape());
   if (x.elements() != 0) Impl<RmsNormBackward, B>::run(ctx, dy, x, weight, eps, dx, accumulate, dweight);
 }
 
@@ -49,12 +49,12 @@ void rms_norm_backward(Context<B>& ctx, Matrix<const ScalarOf<B>> dy, Matrix<con
 template <class B>
 void layer_norm_backward(Context<B>& ctx, Matrix<const ScalarOf<B>> dy, Matrix<const ScalarOf<B>> x, Vector<const ScalarOf<B>> weight, double eps,
                          Matrix<ScalarOf<B>> dx, bool accumulate, Vector<ScalarOf<B>> dweight, Vector<ScalarOf<B>> dbias) {
-  require(x.shape() == dy.shape() && (dx.data() == nullptr || dx.shape() == x.shape()), "m2lm::ops::layer_norm_backward: x is ", x.shape().string(),
-          ", dy is ", dy.shape().string(), ", dx is ", dx.shape().string());
+  require(x.shape() == dy.shape() && (dx.data() == nullptr || dx.shape() == x.shape()), "m2lm::ops::layer_norm_backward: x is ", x.shape(),
+          ", dy is ", dy.shape(), ", dx is ", dx.shape());
   require(weight.extent(0) == x.extent(1) && (dweight.data() == nullptr || dweight.extent(0) == x.extent(1)) &&
               (dbias.data() == nullptr || dbias.extent(0) == x.extent(1)),
           "m2lm::ops::layer_norm_backward: weight has ", weight.extent(0), " elements, dweight ", dweight.extent(0), ", dbias ", dbias.extent(0), ", x is ",
-          x.shape().string());
+          x.shape());
   if (x.elements() != 0) Impl<LayerNormBackward, B>::run(ctx, dy, x, weight, eps, dx, accumulate, dweight, dbias);
 }
 

@@ -16,6 +16,12 @@ namespace m2lm::train {
 struct AdamWOptions {
   double beta1 = 0.9, beta2 = 0.999, eps = 1e-8, weight_decay = 0.01;
   friend bool operator==(const AdamWOptions&, const AdamWOptions&) = default;
+
+  /// throws OptionError for betas outside [0, 1), eps or weight_decay below 0.
+  void check() const {
+    require<OptionError>(beta1 >= 0 && beta1 < 1 && beta2 >= 0 && beta2 < 1, "m2lm::train::AdamW: betas ", beta1, " and ", beta2, " are not both in [0, 1)");
+    require<OptionError>(eps >= 0 && weight_decay >= 0, "m2lm::train::AdamW: eps ", eps, " or weight_decay ", weight_decay, " is below 0");
+  }
 };
 
 /// The optimiser's state: two moments per element, in the order of the gradients' walk over `fields`.
@@ -27,12 +33,9 @@ class AdamW {
 
  public:
   AdamW() = default;
-  /// throws OptionError for betas outside [0, 1), eps or weight_decay below 0.
+  /// throws as options.check().
   AdamW(const Gradients<S>& gradients, const AdamWOptions& options) : options_(options) {
-    require<OptionError>(options.beta1 >= 0 && options.beta1 < 1 && options.beta2 >= 0 && options.beta2 < 1, "m2lm::train::AdamW: betas ", options.beta1, " and ",
-                         options.beta2, " are not both in [0, 1)");
-    require<OptionError>(options.eps >= 0 && options.weight_decay >= 0, "m2lm::train::AdamW: eps ", options.eps, " or weight_decay ", options.weight_decay,
-                         " is below 0");
+    options.check();
     for (const auto& entry : gradients.entries()) {
       first_.emplace_back(entry.parameter->shape);
       second_.emplace_back(entry.parameter->shape);

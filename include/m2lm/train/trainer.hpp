@@ -161,7 +161,8 @@ class Trainer {
 
 template <class M>
 Trainer<M>::Trainer(M model, TrainerOptions options) : model_(std::move(model)), options_(std::move(options)) {
-  options_.schedule.check();
+  options_.schedule.check();  // nothing of the model is touched before all options are known to be good
+  options_.adamw.check();
   std::vector<std::string> names;
   std::vector<std::pair<std::string, Parameter*>> wanted;
   // A parameter's values become a tensor of the trainer's; the model's parameter shares it.
@@ -393,7 +394,7 @@ double Trainer<M>::run(std::span<const Example<M>> batch, bool training, StepRep
   for (std::int64_t i = 0; i < count; ++i) loss += static_cast<double>(losses(i));
   loss *= scale;
   if (!training) return loss;
-  require<Error>(std::isfinite(loss), "m2lm::train: the loss of step ", steps_ + 1, " is not finite; nothing was changed. Lower the learning rate, or look at the data");
+  require<NumericError>(std::isfinite(loss), "m2lm::train: the loss of step ", steps_ + 1, " is not finite; nothing was changed. Lower the learning rate, or look at the data");
 
   // Back through the head and the blocks to the rows of h.
   const Matrix<S> dpicked = arena_.template matrix<S>(count, hidden), dh = arena_.template matrix<S>(rows, hidden);
@@ -418,7 +419,7 @@ StepReport Trainer<M>::step(std::span<const Example<M>> batch) {
   StepReport report;
   report.loss = run(batch, true, report);
   report.gradient_norm = clip_gradients(gradients_, options_.max_gradient_norm);
-  require<Error>(std::isfinite(report.gradient_norm), "m2lm::train: the gradients of step ", steps_ + 1,
+  require<NumericError>(std::isfinite(report.gradient_norm), "m2lm::train: the gradients of step ", steps_ + 1,
                  " are not finite; nothing was changed. Lower the learning rate, or look at the data");
   report.learning_rate = options_.schedule(steps_);
   optimizer_.step(gradients_, values_, report.learning_rate);

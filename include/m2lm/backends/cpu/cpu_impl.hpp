@@ -152,7 +152,7 @@ M2LM_IMPL void cpu_copy_key_values(const KeyValues& from, std::int64_t count, co
   const std::int64_t dk = round_up(from.head_dim, pair) * element, dv = round_up(from.head_dim, panel_width);
   const auto copy = [](const std::byte* source, std::byte* target, std::int64_t bytes) { std::memcpy(target, source, static_cast<std::size_t>(bytes)); };
   for (std::int64_t h = 0; h < from.kv_heads; ++h) {
-    // Whole panels of keys; of values, each panel's part of the positions. What lies behind `count` is never read.
+    // Whole panels of keys; of values, each panel's part of the positions. What lies behind `count` is read only to be multiplied by 0.
     copy(from.keys + h * from.capacity * dk, to.keys + h * to.capacity * dk, round_up(count, panel_width) * dk);
     for (std::int64_t c = 0; c < dv; c += panel_width)
       copy(from.values + (h * dv + c) * from.capacity * element, to.values + (h * dv + c) * to.capacity * element, round_up(count, pair) * panel_width * element);

@@ -245,6 +245,7 @@ struct LlamaDecoder {
       const Arena::Scope scope(ctx.arena);
       const Matrix<S> x = ctx.storage(saved != nullptr).template matrix<S>(h.extent(0), h.extent(1));
       norm.forward(ctx, h, x, saved ? &saved->norm : nullptr);
+      if (M2LM_FAULT(26)) copy_rows(h, x);
       if constexpr (detail::Differentiable<HeadOn>) {
         head.forward(ctx, x, logits, saved ? &saved->head : nullptr);
       } else {

@@ -191,10 +191,10 @@ struct ClipVit {
                  Saved* saved = nullptr) const {
       const View<const float, 3> pixels = image.view<3>();
       require<InputError>(pixels.extent(0) == config_.num_channels && pixels.extent(1) == config_.image_size && pixels.extent(2) == config_.image_size,
-                          "m2lm::ClipVit: pixels are ", pixels.shape().string(), ", the encoder takes ",
-                          Shape{config_.num_channels, config_.image_size, config_.image_size}.string());
-      require(features.extent(0) == tokens() && features.extent(1) == width(), "m2lm::ClipVit: features are ", features.shape().string(), ", expected ",
-              Shape{tokens(), width()}.string());
+                          "m2lm::ClipVit: pixels are ", pixels.shape(), ", the encoder takes ",
+                          Shape{config_.num_channels, config_.image_size, config_.image_size});
+      require(features.extent(0) == tokens() && features.extent(1) == width(), "m2lm::ClipVit: features are ", features.shape(), ", expected ",
+              Shape{tokens(), width()});
       const Arena::Scope scope(ctx.arena);
       const std::int64_t patches = position_embedding.shape[0] - 1, d = config_.hidden_size;
       Arena& storage = ctx.storage(saved != nullptr);
@@ -217,8 +217,8 @@ struct ClipVit {
     }
     /// From the gradient of the features: adds those of trained parameters. (That of the pixels is not computed.)
     void backward(Context<B>& ctx, Matrix<const S> dfeatures, const Saved& saved, Gradients<S>& gradients) const {
-      require(dfeatures.extent(0) == tokens() && dfeatures.extent(1) == width(), "m2lm::ClipVit: the gradient of the features is ", dfeatures.shape().string(),
-              ", expected ", Shape{tokens(), width()}.string());
+      require(dfeatures.extent(0) == tokens() && dfeatures.extent(1) == width(), "m2lm::ClipVit: the gradient of the features is ", dfeatures.shape(),
+              ", expected ", Shape{tokens(), width()});
       const Arena::Scope scope(ctx.arena);
       const std::int64_t rows = position_embedding.shape[0], d = config_.hidden_size;
       const Matrix<S> dh = ctx.arena.template matrix<S>(rows, d), handed_on = pools() ? ctx.arena.template matrix<S>(1, d) : dh.rows(first_row(), rows);

@@ -306,6 +306,8 @@ inline void softmax_statistics(const float* logits, std::int64_t n, float* large
   }
   for (std::int64_t i = n / width * width; i < n; ++i) top = logits[i] > top ? logits[i] : top;
   double total = 0;
+  for (std::int64_t i = 0; i < n; ++i)
+    if (logits[i] != logits[i]) total = static_cast<double>(logits[i]);  // exp takes NaN for a number that is very small
   constexpr std::int64_t block = 1024;
   for (std::int64_t begin = 0; begin < n; begin += block) {
     const std::int64_t end = n - begin < block ? n : begin + block;
