@@ -276,7 +276,7 @@ TEST_CASE("what cannot be trained is said, and nothing changes") {
   batch = examples(model);
   trainer.step(batch);
   const auto before = values_of(trainer.model());
-  CHECK(has(message_of<m2lm::Error>([&] { trainer.step(batch); }), "not finite"));
+  CHECK(has(message_of<m2lm::NumericError>([&] { trainer.step(batch); }), "not finite"));
   CHECK(trainer.steps() == 1);
   for (const auto& item : values_of(trainer.model()))
     CHECK_MESSAGE(std::memcmp(item.second.data(), before.at(item.first).data(), item.second.size() * sizeof(float)) == 0, item.first);

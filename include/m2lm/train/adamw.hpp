@@ -19,7 +19,8 @@ struct AdamWOptions {
 
   /// throws OptionError for betas outside [0, 1), eps or weight_decay below 0.
   void check() const {
-    require<OptionError>(beta1 >= 0 && beta1 < 1 && beta2 >= 0 && beta2 < 1, "m2lm::train::AdamW: betas ", beta1, " and ", beta2, " are not both in [0, 1)");
+    require<OptionError>(beta1 >= 0 && beta1 < 1 && beta2 >= 0 && beta2 < 1, "m2lm::train::AdamW: betas ", beta1, " and ", beta2,
+                         " are not both in [0, 1)");
     require<OptionError>(eps >= 0 && weight_decay >= 0, "m2lm::train::AdamW: eps ", eps, " or weight_decay ", weight_decay, " is below 0");
   }
 };
@@ -50,12 +51,13 @@ class AdamW {
   ///   x ← x − lr/(1 − β1ᵗ) · m / (√v/√(1 − β2ᵗ) + eps)
   /// source: Loshchilov & Hutter, "Decoupled weight decay regularization", 2019, in the order of torch.optim.AdamW.
   void step(const Gradients<S>& gradients, std::span<const std::shared_ptr<Tensor<S>>> values, double lr) {
-    require(values.size() == first_.size() && gradients.entries().size() == first_.size(), "m2lm::train::AdamW::step: ", values.size(), " tensors and ",
-            gradients.entries().size(), " gradients for the state of ", first_.size());
+    require(values.size() == first_.size() && gradients.entries().size() == first_.size(), "m2lm::train::AdamW::step: ", values.size(),
+            " tensors and ", gradients.entries().size(), " gradients for the state of ", first_.size());
     ++steps_;
     const auto t = static_cast<double>(steps_);
     const double correction1 = M2LM_FAULT(41) ? 1.0 : 1.0 - std::pow(options_.beta1, t), correction2 = 1.0 - std::pow(options_.beta2, t);
-    const S keep = static_cast<S>(1.0 - lr * options_.weight_decay), rate = static_cast<S>(lr / correction1), root = static_cast<S>(std::sqrt(correction2));
+    const S keep = static_cast<S>(1.0 - lr * options_.weight_decay), rate = static_cast<S>(lr / correction1),
+            root = static_cast<S>(std::sqrt(correction2));
     const S b1 = static_cast<S>(1.0 - options_.beta1), b2 = static_cast<S>(options_.beta2), c2 = static_cast<S>(1.0 - options_.beta2);
     const S eps = static_cast<S>(options_.eps);
     for (std::size_t i = 0; i < values.size(); ++i) {

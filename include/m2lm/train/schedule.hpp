@@ -26,7 +26,8 @@ struct Schedule {
   double operator()(std::int64_t step) const {
     if (step < warmup_steps) return peak * static_cast<double>(step + 1) / static_cast<double>(warmup_steps);
     if (decay == Decay::none) return peak;
-    const double progress = total_steps <= warmup_steps ? 1.0 : static_cast<double>(step - warmup_steps) / static_cast<double>(total_steps - warmup_steps);
+    const double progress =
+        total_steps <= warmup_steps ? 1.0 : static_cast<double>(step - warmup_steps) / static_cast<double>(total_steps - warmup_steps);
     const double at = progress < 1.0 ? progress : 1.0;
     return peak * (floor + (1.0 - floor) * (decay == Decay::linear ? 1.0 - at : 0.5 * (1.0 + std::cos(std::numbers::pi * at))));
   }

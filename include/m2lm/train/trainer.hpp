@@ -43,12 +43,12 @@ struct TrainerOptions {
 
 /// What a step did.
 struct StepReport {
-  std::int64_t step = 0;      ///< 1 for the first
-  double loss = 0;            ///< mean over the targets, before the step
-  double gradient_norm = 0;   ///< before clipping
+  std::int64_t step = 0;     ///< 1 for the first
+  double loss = 0;           ///< mean over the targets, before the step
+  double gradient_norm = 0;  ///< before clipping
   double learning_rate = 0;
-  std::int64_t targets = 0;   ///< tokens in the loss
-  std::int64_t rows = 0;      ///< rows that went through the decoder
+  std::int64_t targets = 0;  ///< tokens in the loss
+  std::int64_t rows = 0;     ///< rows that went through the decoder
 };
 
 namespace detail {
@@ -59,7 +59,7 @@ struct SavedOf {
   using type = NoSaved;
 };
 template <class Module>
-  requires requires { typename Module::Saved; }
+requires requires { typename Module::Saved; }
 struct SavedOf<Module> {
   using type = typename Module::Saved;
 };
@@ -67,9 +67,9 @@ struct SavedOf<Module> {
 /// What one attached instance became, and what its backward pass needs.
 template <class C, class S>
 struct Media {
-  Matrix<S> rows;                                   // [rows, hidden], on the tape
-  Matrix<S> features;                               // what the projector reads
-  std::vector<std::int32_t> token_ids;              // instead of rows
+  Matrix<S> rows;                       // [rows, hidden], on the tape
+  Matrix<S> features;                   // what the projector reads
+  std::vector<std::int32_t> token_ids;  // instead of rows
   bool differentiable = false;
   typename SavedOf<decltype(C::encoder)>::type encoder{};
   typename SavedOf<decltype(C::projector)>::type projector{};
@@ -100,8 +100,8 @@ class Trainer {
   struct Sequence {
     m2lm::detail::TokenSequence tokens;
     typename AllMedia<Components>::type media;
-    std::int64_t begin = 0;  // row of its first token; its last token has no row, as nothing is predicted from it
-    std::int64_t prompt = 0; // tokens of the prompt
+    std::int64_t begin = 0;   // row of its first token; its last token has no row, as nothing is predicted from it
+    std::int64_t prompt = 0;  // tokens of the prompt
     std::int64_t rows() const { return static_cast<std::int64_t>(tokens.ids.size()) - 1; }
   };
 
@@ -124,7 +124,7 @@ class Trainer {
   Trainer& operator=(Trainer&&) = default;
 
   /// One step on the mean loss of the batch: examples of any lengths, one below another. throws InputError for an example that does
-  /// not fit the model or has no answer, Error when loss or gradients are not finite; the parameters are then as they were.
+  /// not fit the model or has no answer, NumericError when loss or gradients are not finite, CapacityError when memory runs out; the parameters are then as they were.
   StepReport step(std::span<const Example<M>> batch);
   StepReport step(std::initializer_list<Example<M>> batch) { return step(std::span<const Example<M>>(batch.begin(), batch.size())); }
   /// The mean loss of the batch, without a step.
@@ -144,7 +144,8 @@ class Trainer {
   }
   template <class F>
   void for_each_component(F&& f) const {
-    [&]<std::size_t... I>(std::index_sequence<I...>) { (f(std::integral_constant<std::size_t, I>{}, std::get<I>(state().component)), ...); }(Indices{});
+    [&]<std::size_t... I>(std::index_sequence<I...>) { (f(std::integral_constant<std::size_t, I>{}, std::get<I>(state().component)), ...); }
+    (Indices{});
   }
   std::string encoder_prefix_of(std::size_t i) const { return m2lm::detail::encoder_prefix(state().tokens[i].name); }
   std::string projector_prefix_of(std::size_t i) const { return m2lm::detail::projector_prefix(state().tokens[i].name); }
@@ -249,8 +250,8 @@ auto Trainer<M>::encode(Context<B>& ctx, const Example<M>& example, std::size_t 
     copy_rows(rows.template view<2>(), out.rows);
   };
   if (const AnyTensor* given = std::get_if<1>(&attachment)) {
-    require<InputError>(given->has_value() && given->shape().rank() == 2 && given->shape()[1] == hidden, "m2lm::train: the embeddings attached to <", name,
-                        "> are ", given->shape().string(), ", expected [tokens, ", hidden, "]");
+    require<InputError>(given->has_value() && given->shape().rank() == 2 && given->shape()[1] == hidden, "m2lm::train: the embeddings attached to <",
+                        name, "> are ", given->shape().string(), ", expected [tokens, ", hidden, "]");
     keep(given->template to<S>());
     return out;
   }
@@ -300,8 +301,8 @@ auto Trainer<M>::lay_out(Context<B>& ctx, const Example<M>& example, bool traini
   require<InputError>(out.prompt > 0, "m2lm::train: an example's prompt has no tokens; nothing predicts the first token of the answer");
   out.tokens.ids.insert(out.tokens.ids.end(), answer.begin(), answer.end());
   const std::int64_t most = model_.decoder_config().max_position_embeddings;
-  require<InputError>(out.rows() <= most, "m2lm::train: an example takes ", out.rows(), " positions (", answer.size(), " of them for the answer), the model has ",
-                      most);
+  require<InputError>(out.rows() <= most, "m2lm::train: an example takes ", out.rows(), " positions (", answer.size(),
+                      " of them for the answer), the model has ", most);
   return out;
 }
 
@@ -328,7 +329,7 @@ void Trainer<M>::media_backward(Context<B>& ctx, Sequence& sequence, Matrix<cons
 
 /// The mean loss of a batch; with `training` the gradients too.
 template <class M>
-double Trainer<M>::run(std::span<const Example<M>> batch, bool training, StepReport& report) {
+double Trainer<M>::run(std::span<const Example<M>> batch, bool training, StepReport& report) try {
   require<InputError>(!batch.empty(), "m2lm::train: the batch has no examples");
   gradients_.clear();
   Context<B> ctx = context(training);
@@ -374,11 +375,13 @@ double Trainer<M>::run(std::span<const Example<M>> batch, bool training, StepRep
       until(s.rows());
     }
   };
-  for_text([&](std::span<const std::int32_t> ids, std::int64_t begin, std::int64_t end) { decoder.embed_tokens.forward(ctx, ids, h.rows(begin, end)); });
+  for_text(
+      [&](std::span<const std::int32_t> ids, std::int64_t begin, std::int64_t end) { decoder.embed_tokens.forward(ctx, ids, h.rows(begin, end)); });
   for (Sequence& s : sequences)
     for_each_component([&](auto i, auto&) {
       for (const m2lm::detail::MediaSpan& span : s.tokens.media)
-        if (span.component == i()) copy_rows(Matrix<const S>(std::get<i()>(s.media)[span.instance].rows), h.rows(s.begin + span.begin, s.begin + span.begin + span.rows));
+        if (span.component == i())
+          copy_rows(Matrix<const S>(std::get<i()>(s.media)[span.instance].rows), h.rows(s.begin + span.begin, s.begin + span.begin + span.rows));
     });
 
   typename Decoder::Saved saved;
@@ -394,7 +397,8 @@ double Trainer<M>::run(std::span<const Example<M>> batch, bool training, StepRep
   for (std::int64_t i = 0; i < count; ++i) loss += static_cast<double>(losses(i));
   loss *= scale;
   if (!training) return loss;
-  require<NumericError>(std::isfinite(loss), "m2lm::train: the loss of step ", steps_ + 1, " is not finite; nothing was changed. Lower the learning rate, or look at the data");
+  require<NumericError>(std::isfinite(loss), "m2lm::train: the loss of step ", steps_ + 1,
+                        " is not finite; nothing was changed. Lower the learning rate, or look at the data");
 
   // Back through the head and the blocks to the rows of h.
   const Matrix<S> dpicked = arena_.template matrix<S>(count, hidden), dh = arena_.template matrix<S>(rows, hidden);
@@ -412,6 +416,8 @@ double Trainer<M>::run(std::span<const Example<M>> batch, bool training, StepRep
   if (media_trained)
     for (Sequence& s : sequences) media_backward(ctx, s, dh);
   return loss;
+} catch (const std::bad_alloc&) {
+  m2lm::detail::throw_out_of_memory("training on a batch");
 }
 
 template <class M>
@@ -420,7 +426,7 @@ StepReport Trainer<M>::step(std::span<const Example<M>> batch) {
   report.loss = run(batch, true, report);
   report.gradient_norm = clip_gradients(gradients_, options_.max_gradient_norm);
   require<NumericError>(std::isfinite(report.gradient_norm), "m2lm::train: the gradients of step ", steps_ + 1,
-                 " are not finite; nothing was changed. Lower the learning rate, or look at the data");
+                        " are not finite; nothing was changed. Lower the learning rate, or look at the data");
   report.learning_rate = options_.schedule(steps_);
   optimizer_.step(gradients_, values_, report.learning_rate);
   report.step = ++steps_;
