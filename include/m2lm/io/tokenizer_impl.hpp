@@ -388,8 +388,8 @@ M2LM_IMPL Tokenizer Tokenizer::of_bpe(const ConfigValue& json, detail::Tokenizer
   state->add_tokens(files, pieces, path);
   if (json.has_value("post_processor")) detail::read_template(json["post_processor"], state->lead);
   for (const std::int32_t id : state->lead)
-    if (id < 0 || id >= static_cast<std::int64_t>(state->tokens.size()))
-      json["post_processor"].fail(concat("puts token id ", id, " first, outside the vocabulary of ", state->tokens.size(), " tokens"));
+    if (id < 0 || id >= static_cast<std::int64_t>(state->tokens.size()) || state->tokens[static_cast<std::size_t>(id)].text.empty())
+      json["post_processor"].fail(concat("puts token id ", id, " first, which is not in the vocabulary of ", state->tokens.size(), " tokens"));
   Tokenizer out;
   out.state_ = std::move(state);
   return out;
