@@ -1,4 +1,4 @@
-// expect: m2lm::Modality: the insertion is one of ExpandPlaceholder, PlaceholderRun, PrefixAfterBos<…> and DiscreteTokens<…>
+// expect: m2lm::Modality: the insertion is one of ExpandPlaceholder, PlaceholderRun, PrefixAfterBos<...> and DiscreteTokens<...>
 #include <m2lm/m2lm.hpp>
 
 struct AtTheEnd {};

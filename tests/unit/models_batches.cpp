@@ -131,6 +131,28 @@ TEST_CASE("a score is the sum of the logarithms of the probabilities that the lo
   CHECK_THROWS_WITH_AS(model.score(prompt, outside), doctest::Contains("of continuation 1 is outside the vocabulary"), m2lm::InputError);
 }
 
+TEST_CASE("no way leads beyond the positions of the model") {
+  const Vlm model = talker();
+  const std::int64_t most = model.decoder_config().max_position_embeddings;
+  CHECK_THROWS_AS(model.logits(model.prompt(some_ids(most + 1, 90))), m2lm::CapacityError);
+  CHECK_THROWS_AS(model.hidden_states(model.prompt(some_ids(most + 1, 90))), m2lm::CapacityError);
+  CHECK_NOTHROW(model.logits(model.prompt(some_ids(most, 90))));
+  const auto prompt = model.prompt(some_ids(most - 3, 90));
+  const std::vector<std::vector<std::int32_t>> fits{{5, 6, 7, 8}}, too_long{{5}, {5, 6, 7, 8, 9}};  // the last token needs no position
+  CHECK(model.score(prompt, fits).front().tokens == 4);
+  CHECK_THROWS_WITH_AS(model.score(prompt, too_long), doctest::Contains("a continuation of 5 tokens"), m2lm::CapacityError);
+}
+
+TEST_CASE("hidden states that are asked for twice are given twice") {
+  const Vlm model = talker();
+  const auto prompt = model.prompt(some_ids(5, 90));
+  const std::vector<int> layers{1, 0, 1};
+  const auto states = model.hidden_states(prompt, layers);
+  REQUIRE(states.size() == 3);
+  CHECK(same_bits(states[0], states[2]));
+  CHECK_FALSE(same_bits(states[0], states[1]));
+}
+
 TEST_CASE("text is scored by the tokens that it becomes behind the prompt") {
   const Vlm model = talker();
   const std::vector<std::string> continuations{" a cat", " dog", "", "s of it"};

@@ -9,6 +9,8 @@
 #include <m2lm/ops/loss.hpp>
 
 #include <algorithm>
+#include <limits>
+#include <vector>
 
 namespace {
 
@@ -412,6 +414,21 @@ TEST_CASE("cross-entropy: losses and gradients, ignored rows, in place") {
       CHECK_MESSAGE(same_bits<float>(got[1].view(), got[2].view()), name, ": dlogits in place of the logits");
     }
   }
+}
+
+TEST_CASE("a NaN among the logits is a NaN of the loss, wherever it stands") {
+  for (const Variant& variant : variants(DType::f32))
+    for (const std::int64_t n : {1, 5, 33, 1000, 2051}) {
+      Runner<Cpu> cpu(Cpu(variant.options(1)));
+      for (const std::int64_t at : {std::int64_t{0}, n / 2, n - 1}) {
+        Tensor<float> logits(Shape{1, n}), losses(Shape{1});
+        for (std::int64_t i = 0; i < n; ++i) logits.data()[i] = static_cast<float>(i % 7);
+        logits.data()[at] = std::numeric_limits<float>::quiet_NaN();
+        const std::vector<std::int32_t> targets{static_cast<std::int32_t>(n == 1 ? 0 : (at + 1) % n)};
+        ops::cross_entropy(cpu.ctx, matrix(logits), targets, 1.0, Vector<float>(losses.data(), {1}), Matrix<float>{});
+        CHECK_MESSAGE(losses.data()[0] != losses.data()[0], label(variant, DType::f32), " ", at, " of ", n);
+      }
+    }
 }
 
 }  // namespace

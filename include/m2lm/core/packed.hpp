@@ -16,7 +16,7 @@ struct PackedMatrix {
   DType format = DType::native;
   std::int64_t rows = 0;
   std::int64_t cols = 0;
-  /// Two matrices of rows/2 each, laid out so that a kernel can emit act(first) * second (see ops::Epilogue::gated).
+  /// Two matrices of rows/2 each, laid out so that a kernel can emit act(first) * second (see ops::linear).
   bool gated = false;
   std::shared_ptr<const std::byte> data;
   std::size_t bytes = 0;

@@ -129,7 +129,7 @@ class AnyTensor {
     return part;
   }
 
-  /// Element i in row-major order, converted. requires a floating dtype.
+  /// Element i in row-major order, converted. throws ShapeError for a dtype that has no values of its own.
   double at(std::int64_t i) const {
     const auto load = [&]<class T>(T value) {
       std::memcpy(&value, data_ + static_cast<std::size_t>(i) * sizeof(T), sizeof(T));

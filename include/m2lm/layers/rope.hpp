@@ -28,10 +28,12 @@ struct RopeConfig {
 /// Rounded to f32, as the checkpoints were trained with.
 inline std::vector<float> rope_frequencies(const RopeConfig& config, std::int64_t head_dim) {
   std::vector<float> frequencies(static_cast<std::size_t>(head_dim / 2));
+  require<CheckpointError>(config.scaling != RopeScaling::factors || config.factors.size() == frequencies.size(), "m2lm: ", config.factors.size(),
+                           " RoPE factors for a head_dim of ", head_dim, "; one for each pair is wanted");
   for (std::size_t i = 0; i < frequencies.size(); ++i) {
     double f = std::pow(config.theta, -2.0 * static_cast<double>(i) / static_cast<double>(head_dim));
     if (config.scaling == RopeScaling::linear) f /= config.factor;
-    if (config.scaling == RopeScaling::factors) f /= config.factors.at(i);
+    if (config.scaling == RopeScaling::factors) f /= config.factors[i];
     if (config.scaling == RopeScaling::llama3 && !M2LM_FAULT(24)) {
       const double wavelength = 2.0 * std::numbers::pi / f;
       const double low = config.original_max_position_embeddings / config.low_freq_factor;

@@ -26,7 +26,7 @@ struct AnswerContext {
   FunctionRef<void(std::string_view)> on_text{};
 };
 
-/// All memory is reserved at construction. Neither copied nor moved.
+/// Memory is reserved at construction: for all tokens, and for eight bytes of text per token. Neither copied nor moved.
 class Answer {
   Sampler sampler_;
   StopMatcher matcher_;

@@ -60,6 +60,7 @@ struct Score {
   bool greedy = true;          ///< greedy decoding would have chosen each of them
 };
 
+/// An answer.
 struct Generation {
   std::string text;
   std::vector<std::int32_t> tokens;  ///< with the token that ended the answer, if one did

@@ -33,11 +33,11 @@ struct CollectParameters {
   std::vector<NamedParameter>& out;
   void operator()(std::string_view name, Parameter& p) const { out.push_back({std::string(name), &p}); }
 };
-/// `stored`, if given, gets the name in the checkpoint of each parameter.
 /// Names the first NaN or infinity in each of the parameters' values, with file, index and count, one per line and at most 20; empty
 /// when all are finite.
 std::string non_finite_values(std::span<const NamedParameter> parameters, const Checkpoint& checkpoint);
 
+/// `stored`, if given, gets the name in the checkpoint of each parameter.
 LoadReport bind_parameters(std::span<const NamedParameter> parameters, const Checkpoint& checkpoint, std::span<const NameRule> rules,
                            std::vector<std::string>* stored = nullptr);
 

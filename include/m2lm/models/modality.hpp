@@ -11,8 +11,11 @@
 #include <m2lm/models/insertion.hpp>
 #include <m2lm/ops/op.hpp>
 
+#include <concepts>
 #include <string>
 #include <string_view>
+#include <type_traits>
+#include <utility>
 #include <vector>
 
 namespace m2lm {
@@ -78,14 +81,31 @@ struct Modality {
   using EncoderConfig = ConfigOf<Encoder>;
   using InsertionPolicy = Insertion;
   static_assert(detail::InsertionPolicy<Insertion>,
-                "m2lm::Modality: the insertion is one of ExpandPlaceholder, PlaceholderRun, PrefixAfterBos<…> and DiscreteTokens<…>");
+                "m2lm::Modality: the insertion is one of ExpandPlaceholder, PlaceholderRun, PrefixAfterBos<...> and DiscreteTokens<...>");
 
   template <class B, Precision P>
   struct On {
     using S = ScalarOf<B>;
     static constexpr bool discrete = Insertion::kind == InsertionKind::discrete_tokens;
-    typename Encoder::template On<B, P> encoder;
-    typename Projector::template On<B, P> projector;
+    using EncoderOn = typename Encoder::template On<B, P>;
+    using ProjectorOn = typename Projector::template On<B, P>;
+    using X = std::remove_cvref_t<decltype(std::declval<const Preprocessor<Input>&>()(std::declval<const Input&>()))>;
+    using Levels = std::vector<FeatureLevel<S>>;
+    static_assert(discrete || requires(const EncoderOn& e) { { e.width() } -> std::convertible_to<std::int64_t>; },
+                  "m2lm::Modality: the encoder's On has no width() const, the values per row that it gives");
+    static_assert(discrete || requires(const EncoderOn& e, const X& x) { { e.tokens(x) } -> std::convertible_to<std::int64_t>; },
+                  "m2lm::Modality: the encoder's On has no tokens(x) const, the rows that it gives for a preprocessed input x (of pictures a Tensor<float>)");
+    static_assert(discrete || requires(const EncoderOn& e, Context<B>& ctx, const X& x, Matrix<S> y) { e.forward(ctx, x, y); } ||
+                      requires(const EncoderOn& e, Context<B>& ctx, const X& x, Matrix<S> y, Levels& levels) { e.forward(ctx, x, y, levels); },
+                  "m2lm::Modality: the encoder's On has no forward(ctx, x, features) const for a preprocessed input x (of pictures a Tensor<float>)");
+    static_assert(!discrete || requires(const EncoderOn& e, Context<B>& ctx, const X& x) { e.token_ids(ctx, x); },
+                  "m2lm::Modality: the insertion is DiscreteTokens, but the encoder's On has no token_ids(ctx, x) const");
+    static_assert(discrete || requires(const ProjectorOn& p) { { p.output_tokens(std::int64_t{}) } -> std::convertible_to<std::int64_t>; },
+                  "m2lm::Modality: the projector's On has no output_tokens(n) const, the rows that n rows become");
+    static_assert(discrete || requires(const ProjectorOn& p, Context<B>& ctx, Matrix<const S> x, Matrix<S> y) { p.forward(ctx, x, y); },
+                  "m2lm::Modality: the projector's On has no forward(ctx, x, y) const");
+    EncoderOn encoder;
+    ProjectorOn projector;
     Preprocessor<Input> preprocessor;
 
     On(const ConfigValue& root, std::string_view directory, std::int64_t hidden_size) : On(read(root), root, directory, hidden_size) {}
@@ -139,14 +159,13 @@ struct Modality {
       else
         return Preprocessor<Input>::from_directory(directory, config);
     }
-    static std::int64_t width_of([[maybe_unused]] const typename Encoder::template On<B, P>& e) {
+    static std::int64_t width_of([[maybe_unused]] const EncoderOn& e) {
       if constexpr (discrete)
         return 0;
       else
         return e.width();
     }
     static auto make_projector(const ConfigValue& root, std::int64_t input_width, std::int64_t output_width) {
-      using ProjectorOn = typename Projector::template On<B, P>;
       ProjectorConfig widths{.input_width = input_width, .output_width = output_width};
       read_config(root, widths);
       if constexpr (std::is_same_v<ConfigOf<Projector>, NoConfig>) {

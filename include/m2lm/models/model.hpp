@@ -135,7 +135,7 @@ class Model {
   std::int32_t placeholder_id() const;
   /// Logits of every position: [tokens, vocabulary].
   Tensor<Scalar> logits(const PromptType& prompt) const;
-  /// The same for several prompts in one batch; bit-equal to one at a time.
+  /// The same for several prompts in one batch; bit-equal to one at a time. throws CapacityError for a prompt beyond the model's positions.
   std::vector<Tensor<Scalar>> logits(std::span<const PromptType> prompts) const;
   /// hidden_states[i] as transformers numbers them: 0 = embeddings, i = after block i, the last with the final norm. Only the
   /// listed ones, in that order; an empty list asks for all. Negative numbers count from the end.
@@ -153,13 +153,18 @@ class Model {
   std::vector<Score> score(const PromptType& prompt, std::span<const std::string> continuations) const;
   /// The same with token ids.
   std::vector<Score> score(const PromptType& prompt, std::span<const std::vector<std::int32_t>> continuations) const;
+  /// A conversation of its own.
   Session session(const SessionOptions& options = {}) const;
 
+  /// Sizes and constants of the decoder.
   const LlamaConfig& decoder_config() const;
+  /// config.json as it was read.
   const ConfigValue& config() const;
   /// throws InputError saying what the directory lacks when it has no tokenizer that can be read.
   const Tokenizer& tokenizer() const;
+  /// What goes around the turns of a chat.
   const ChatTemplate& chat_template() const;
+  /// What checkpoint and model disagreed on without being an error.
   const LoadReport& load_report() const;
   /// Encoded media that are kept for the next prompt with the same content.
   MediaCacheStats media_cache_stats() const;
@@ -205,6 +210,11 @@ class Model {
   template <class F>
   void for_each_component(F&& f) const;
   Model() = default;
+  void require_positions(std::int64_t tokens) const {
+    require<CapacityError>(tokens <= decoder_config().max_position_embeddings, "m2lm: the prompt needs ", tokens, " positions, the model has ",
+                           decoder_config().max_position_embeddings);
+  }
+  Context<B> context(Arena& arena) const { return Context<B>{state_->backend, arena, &state_->decoder.embed_tokens.weight.value}; }
   const ChatTemplate& template_of(const PromptType& prompt) const;
   std::vector<detail::NamedParameter> named_parameters() const;
   /// Which weights a NaN in the logits comes from, as detail::non_finite_values says it.
@@ -383,7 +393,7 @@ template <class B, Precision P, class D, class... C>
 template <class F>
 void Model<B, P, D, C...>::for_each_component(F&& f) const {
   [&]<std::size_t... I>(std::index_sequence<I...>) {
-    (f(std::integral_constant<std::size_t, I>{}, std::get<I>(state_->component), C::name.view()), ...);
+    (f(std::integral_constant<std::size_t, I>{}, std::get<I>(state_->component)), ...);
   }(std::index_sequence_for<C...>{});
 }
 
@@ -456,7 +466,7 @@ template <class B, Precision P, class D, class... C>
 auto Model<B, P, D, C...>::embed_media(Context<B>& ctx, const PromptType& prompt, std::vector<std::int32_t> ids) const -> Embedded {
   Embedded out;
   std::vector<detail::ComponentInstances> uses;
-  for_each_component([&](auto index, const auto& component, std::string_view) {
+  for_each_component([&](auto index, const auto& component) {
     detail::ComponentInstances use{.tokens = state_->tokens[index()], .rows = {}, .token_ids = {}};
     std::vector<MediaPointer> instances;
     for (const auto& attachment : std::get<index()>(prompt.attachments)) {
@@ -501,7 +511,7 @@ void Model<B, P, D, C...>::embed(Context<B>& ctx, const Embedded& embedded, std:
 template <class B, Precision P, class D, class... C>
 std::vector<std::int32_t> Model<B, P, D, C...>::input_ids(const PromptType& prompt) const {
   Arena arena;
-  Context<B> ctx{state_->backend, arena, &state_->decoder.embed_tokens.weight.value};
+  Context<B> ctx = context(arena);
   return embed_media(ctx, prompt, prompt_ids(prompt)).sequence.ids;
 }
 
@@ -511,7 +521,7 @@ auto Model<B, P, D, C...>::encode(const Input& input) const try {
   constexpr std::size_t index = detail::component_index<Name, C...>();
   static_assert(index < sizeof...(C), "m2lm::Model::encode<name>: this model has no component of that name");
   Arena arena;
-  Context<B> ctx{state_->backend, arena, &state_->decoder.embed_tokens.weight.value};
+  Context<B> ctx = context(arena);
   ModalityOutput<Scalar> out = std::get<index>(state_->component).encode(ctx, input, decoder_config().hidden_size);
   if constexpr (std::tuple_element_t<index, std::tuple<C...>>::InsertionPolicy::kind == InsertionKind::discrete_tokens)
     return std::move(out.token_ids);
@@ -537,13 +547,14 @@ auto Model<B, P, D, C...>::logits(const PromptType& prompt) const -> Tensor<Scal
 template <class B, Precision P, class D, class... C>
 auto Model<B, P, D, C...>::logits(std::span<const PromptType> prompts) const -> std::vector<Tensor<Scalar>> try {
   Arena arena;
-  Context<B> ctx{state_->backend, arena, &state_->decoder.embed_tokens.weight.value};
+  Context<B> ctx = context(arena);
   std::vector<Embedded> embedded;
   std::vector<KvCache<B>> caches;
   std::int64_t rows = 0;
   for (const PromptType& p : prompts) {
     embedded.push_back(embed_media(ctx, p, prompt_ids(p)));
     const auto tokens = static_cast<std::int64_t>(embedded.back().sequence.ids.size());
+    require_positions(tokens);
     caches.push_back(state_->decoder.make_cache(ctx, cache_format(), tokens));
     rows += tokens;
   }
@@ -576,9 +587,10 @@ auto Model<B, P, D, C...>::logits(std::span<const PromptType> prompts) const -> 
 template <class B, Precision P, class D, class... C>
 auto Model<B, P, D, C...>::hidden_states(const PromptType& prompt, std::span<const int> layers) const -> std::vector<Tensor<Scalar>> try {
   Arena arena;
-  Context<B> ctx{state_->backend, arena, &state_->decoder.embed_tokens.weight.value};
+  Context<B> ctx = context(arena);
   const Embedded embedded = embed_media(ctx, prompt, prompt_ids(prompt));
   const auto tokens = static_cast<std::int64_t>(embedded.sequence.ids.size());
+  require_positions(tokens);
   const LlamaConfig& config = decoder_config();
   std::vector<std::int64_t> wanted;
   for (const int layer : layers) {
@@ -603,7 +615,11 @@ auto Model<B, P, D, C...>::hidden_states(const PromptType& prompt, std::span<con
     if (layer == config.num_layers) state_->decoder.norm.forward(ctx, copy.template view<2>(), copy.template view<2>());
   });
   std::vector<Tensor<Scalar>> out;
-  for (const std::int64_t i : wanted) out.push_back(all[static_cast<std::size_t>(i)].clone());
+  for (std::size_t i = 0; i < wanted.size(); ++i) {  // moved, unless the same is asked for again
+    Tensor<Scalar>& state = all[static_cast<std::size_t>(wanted[i])];
+    const bool again = std::find(wanted.begin() + static_cast<std::ptrdiff_t>(i) + 1, wanted.end(), wanted[i]) != wanted.end();
+    out.push_back(again ? state.clone() : std::move(state));
+  }
   state_->files.checkpoint.require_intact();
   return out;
 } catch (const std::bad_alloc&) {

@@ -25,6 +25,7 @@
 
 namespace m2lm {
 
+/// What a session is made with.
 struct SessionOptions {
   std::int64_t max_positions = 0;  ///< context length; 0 = the checkpoint's max_position_embeddings
   std::uint64_t seed = 0;
@@ -334,7 +335,7 @@ std::vector<Generation> BasicSession<M>::answer(Turns& turns, const GenerateOpti
   std::vector<std::int32_t> ids;
   ids.reserve(turns.size());
   Tensor<S> logits(Shape{static_cast<std::int64_t>(turns.size()), config.vocab_size});
-  Tensor<float> processed(Shape{config.vocab_size});
+  Tensor<float> narrow(Shape{std::is_same_v<S, float> ? 0 : config.vocab_size});
   const auto count = [&] { return static_cast<std::int64_t>(active.size()); };
   // Those that have ended leave; the rows of `hidden` are written anew before the next step reads them.
   const auto drop_ended = [&] { std::erase_if(active, [&](std::size_t i) -> bool { return answers[i]->ended(); }); };
@@ -369,11 +370,17 @@ std::vector<Generation> BasicSession<M>::answer(Turns& turns, const GenerateOpti
     state.files.checkpoint.require_intact();  // embeddings are read from the file
     for (std::int64_t r = 0; r < count(); ++r) {
       const std::size_t i = active[static_cast<std::size_t>(r)];
-      const S* row = logits.data() + r * config.vocab_size;
-      for (std::int64_t j = 0; j < config.vocab_size; ++j) processed.data()[j] = static_cast<float>(row[j]);
+      S* row = logits.data() + r * config.vocab_size;
+      std::span<float> processed;  // the sampler overwrites it
+      if constexpr (std::is_same_v<S, float>) {
+        processed = {row, static_cast<std::size_t>(config.vocab_size)};
+      } else {
+        for (std::int64_t j = 0; j < config.vocab_size; ++j) narrow.data()[j] = static_cast<float>(row[j]);
+        processed = narrow.span();
+      }
       BasicSession& s = turns[i]->session;
       try {
-        s.pending_.push_back(answers[i]->next(processed.span(), s.history_, s.rng_));
+        s.pending_.push_back(answers[i]->next(processed, s.history_, s.rng_));
       } catch (const NumericError& error) {
         throw NumericError(error.what() + model.non_finite_weights());
       }

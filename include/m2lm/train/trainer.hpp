@@ -78,7 +78,9 @@ struct Media {
 }  // namespace detail
 
 /// Trains a model in place: its parameters become f32 (f64 on Reference<double>) values of the trainer's, and after each step the
-/// layers are packed from them anew, so that generate and save_pretrained always see the newest. What is frozen keeps its precision.
+/// layers are packed from them anew, so that generate and save_pretrained always see the newest. Frozen components keep their
+/// precision; a decoder of which anything is trained is packed in the backend's own scalar as a whole. A session that was open before
+/// holds keys and values of the old weights.
 /// While `step` runs, nobody else may use the model. Movable, not copyable.
 template <class M>
 class Trainer {
