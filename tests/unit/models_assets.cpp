@@ -142,7 +142,7 @@ TEST_CASE("stories15M with a tokenizer tells llama.cpp's story") {
   std::string story = stories.substr(begin + title.size(), stories.find("\n\n\n== ") - begin - title.size());
   REQUIRE(story.size() > 300);
 
-  const Lm model = Lm::from_pretrained(directory.path(), Cpu({.threads = 2}));
+  const Lm model = Lm::from_pretrained(directory.path(), Cpu({.threads = 2}), {.follow_links = true});
   std::string streamed;
   const m2lm::Generation told =
       model.generate(model.raw_prompt("Once upon a time"), {.max_new_tokens = 150, .on_text = [&](std::string_view piece) { streamed += piece; }});
