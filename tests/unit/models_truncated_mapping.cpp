@@ -24,7 +24,8 @@ namespace t = m2lm::testing;
 
 void cut(const std::string& path, std::uintmax_t bytes) { std::filesystem::resize_file(path, bytes); }
 
-std::size_t sum(std::span<const std::byte> bytes) {
+// Not watched by ThreadSanitizer: that the handler of one thread puts zeros where another reads is what is tested.
+__attribute__((no_sanitize("thread"))) std::size_t sum(std::span<const std::byte> bytes) {
   std::size_t out = 0;
   for (const std::byte b : bytes) out += std::to_integer<std::size_t>(b);
   return out;

@@ -1,3 +1,4 @@
+// labels: narrow-sanitizer
 // Backward passes on Cpu at every level, against Reference<double>; the same bits on any number of threads.
 //
 // Bounds, with u = 2^-24 and sums of K terms: a chain of K additions of rounded products is off by at most (2K + 2)·u·Σ|terms| (two

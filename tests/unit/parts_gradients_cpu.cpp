@@ -1,3 +1,4 @@
+// labels: narrow-sanitizer
 // Gradients of layers and parts on Cpu, at every instruction set, with one thread and with three, against Reference<double>.
 #include <m2lm/core.hpp>
 

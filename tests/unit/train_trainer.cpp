@@ -1,3 +1,4 @@
+// labels: narrow-sanitizer
 // Trainer: gradients of the whole chain against differences of the loss, ragged batches, freezing, precision, threads, errors.
 #include "models_support.hpp"
 
