@@ -1,11 +1,9 @@
 // tokenizer.json of a byte-level BPE: any bytes are read or refused, and what was read encodes and decodes text. The input is one byte with
 // the length of a text, the text, then the file. The mutator changes values of the JSON, because changes of bytes hardly leave it JSON.
-#include "fuzz.hpp"
+#include "directory.hpp"
 
 #include <m2lm/interop/json.hpp>
 #include <m2lm/io/tokenizer.hpp>
-
-#include <fcntl.h>
 
 #include <algorithm>
 #include <cstring>
@@ -20,32 +18,6 @@ using Json = nlohmann::json;
 using Random = std::minstd_rand;
 
 std::size_t below(Random& random, std::size_t n) { return random() % n; }
-
-/// A directory whose tokenizer.json has the bytes of the input.
-class Directory {
-  std::string path_;
-  int descriptor_ = -1;
-
- public:
-  Directory() {
-    path_ = std::string(access("/dev/shm", W_OK) == 0 ? "/dev/shm" : "/tmp") + "/m2lm-fuzz-XXXXXX";
-    m2lm_fuzz::check(mkdtemp(path_.data()) != nullptr, "a directory can be made");
-    descriptor_ = open((path_ + "/tokenizer.json").c_str(), O_RDWR | O_CREAT | O_CLOEXEC, 0600);
-    m2lm_fuzz::check(descriptor_ >= 0, "a file can be made");
-  }
-  ~Directory() {
-    close(descriptor_);
-    unlink((path_ + "/tokenizer.json").c_str());
-    rmdir(path_.c_str());
-  }
-  Directory(const Directory&) = delete;
-  Directory& operator=(const Directory&) = delete;
-  void put(const std::uint8_t* data, std::size_t size) {
-    m2lm_fuzz::check(ftruncate(descriptor_, static_cast<off_t>(size)) == 0 && pwrite(descriptor_, data, size, 0) == static_cast<ssize_t>(size),
-                     "the file can be written");
-  }
-  const std::string& path() const { return path_; }
-};
 
 /// Walks to a random value: deeper with each step, but often not into the large vocabulary.
 Json* some_value(Json& root, Random& random) {
@@ -119,7 +91,7 @@ void mutate(Json& root, Random& random) {
 }  // namespace
 
 extern "C" int LLVMFuzzerTestOneInput(const std::uint8_t* data, std::size_t size) {
-  static Directory directory;
+  static m2lm_fuzz::Directory directory("tokenizer.json");
   if (size == 0 || size < 1U + data[0]) return 0;
   const std::string_view text = m2lm_fuzz::text(data + 1, data[0]);
   directory.put(data + 1 + data[0], size - 1 - data[0]);
