@@ -14,6 +14,7 @@
 #include <m2lm/core/fields.hpp>
 #include <m2lm/core/function_ref.hpp>
 #include <m2lm/core/gradients.hpp>
+#include <m2lm/core/memory.hpp>
 #include <m2lm/core/packed.hpp>
 #include <m2lm/core/policy.hpp>
 #include <m2lm/core/rng.hpp>

@@ -52,6 +52,12 @@ class CapacityError : public Error {
   using Error::Error;
 };
 
+/// A device is missing, cannot be used, or has failed: names the call or kernel and what its runtime said.
+class DeviceError : public Error {
+ public:
+  using Error::Error;
+};
+
 /// A computation gave NaN or infinity where a number is needed: damaged weights, or a precision that is too low for them.
 class NumericError : public Error {
  public:
