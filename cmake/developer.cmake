@@ -50,6 +50,8 @@ set(m2lm_test_environment
   "UBSAN_OPTIONS=print_stacktrace=1"
   "TSAN_OPTIONS=halt_on_error=1:second_deadlock_stack=1")
 
+include("${CMAKE_CURRENT_LIST_DIR}/developer_cuda.cmake")
+
 # m2lm_test_properties(test LABELS label... [PROPERTIES name value...]): what every test of the project has in common.
 # Exit status 77 means skipped; ctest lists and counts such tests.
 function(m2lm_test_properties test)

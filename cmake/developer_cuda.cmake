@@ -1,0 +1,42 @@
+# CUDA for those who work on the library: optional, looked for in CUDACXX, PATH and the usual places. Afterwards M2LM_HAS_CUDA says
+# whether the language is there.
+set(M2LM_CUDA AUTO CACHE STRING "Compile for CUDA: AUTO where nvcc is found, ON or OFF")
+set_property(CACHE M2LM_CUDA PROPERTY STRINGS AUTO ON OFF)
+
+set(M2LM_HAS_CUDA FALSE)
+if(M2LM_CUDA AND NOT M2LM_SANITIZE AND NOT M2LM_FUZZ)
+  if(NOT CMAKE_CUDA_COMPILER)
+    if(DEFINED ENV{CUDACXX})
+      set(CMAKE_CUDA_COMPILER "$ENV{CUDACXX}")
+    else()
+      find_program(M2LM_NVCC nvcc PATHS "$ENV{CUDA_PATH}/bin" "$ENV{CUDA_HOME}/bin" /usr/local/cuda/bin /opt/cuda/bin)
+      mark_as_advanced(M2LM_NVCC)
+      if(M2LM_NVCC)
+        set(CMAKE_CUDA_COMPILER "${M2LM_NVCC}")
+      endif()
+    endif()
+  endif()
+  if(CMAKE_CUDA_COMPILER)
+    # One architecture: several cost a compile each. The preset cuda-architectures has the others.
+    if(NOT DEFINED CMAKE_CUDA_ARCHITECTURES)
+      set(CMAKE_CUDA_ARCHITECTURES 90a-real)
+    endif()
+    # As the presets have it for C++: assertions on.
+    set(CMAKE_CUDA_FLAGS_RELWITHDEBINFO "-O2 -lineinfo" CACHE STRING "Flags of nvcc in this build type")
+    enable_language(CUDA)
+    find_package(CUDAToolkit REQUIRED)
+    set(M2LM_HAS_CUDA TRUE)
+  elseif(NOT M2LM_CUDA STREQUAL "AUTO")
+    message(FATAL_ERROR "M2LM_CUDA is ${M2LM_CUDA}, and no nvcc was found: set CUDACXX, or put nvcc into PATH")
+  else()
+    message(STATUS "No nvcc found: nothing is compiled for CUDA; the kernels are tested in the emulator")
+  endif()
+endif()
+
+# m2lm_strict_cuda(target...): no warning from nvcc, ptxas or the host compiler. (The host compiler sees what nvcc writes: its
+# -Wpedantic and -Wconversion speak of that; the headers have been through them with g++ and clang.)
+function(m2lm_strict_cuda)
+  foreach(target IN LISTS ARGN)
+    target_compile_options(${target} PRIVATE "$<$<COMPILE_LANGUAGE:CUDA>:SHELL:-Werror all-warnings -Xcompiler -Wall,-Wextra>")
+  endforeach()
+endfunction()
