@@ -7,6 +7,7 @@
 #include <m2lm/backends/reference/reference.hpp>
 #include <m2lm/config.hpp>
 #include <m2lm/core/arena.hpp>
+#include <m2lm/core/blocks.hpp>
 #include <m2lm/core/config_of.hpp>
 #include <m2lm/core/dtype.hpp>
 #include <m2lm/core/dual.hpp>

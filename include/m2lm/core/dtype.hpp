@@ -12,7 +12,8 @@
 namespace m2lm {
 
 /// What a stored element is. `inherit` is a policy's "as the one above me"; `native` is the scalar of a Reference<T> backend.
-enum class DType : std::uint8_t { inherit, native, f64, f32, f16, bf16, i64, i32, i16, i8, u8, boolean };
+/// `q8` and `q4` come in blocks of 32 values that share a scale (see core/blocks.hpp).
+enum class DType : std::uint8_t { inherit, native, f64, f32, f16, bf16, i64, i32, i16, i8, u8, boolean, q8, q4 };
 
 /// Name as users write it on command lines and as messages print it.
 constexpr std::string_view dtype_name(DType dtype) {
@@ -29,11 +30,20 @@ constexpr std::string_view dtype_name(DType dtype) {
     case DType::i8: return "i8";
     case DType::u8: return "u8";
     case DType::boolean: return "bool";
+    case DType::q8: return "q8";
+    case DType::q4: return "q4";
   }
   return "?";
 }
 
-/// Bytes per stored element. requires a dtype that can be stored (not inherit, not native).
+/// Values of a block of q8 or q4.
+inline constexpr std::int64_t block_values = 32;
+
+/// Whether elements come in blocks: then only whole blocks have a size.
+constexpr bool is_block_format(DType dtype) { return dtype == DType::q8 || dtype == DType::q4; }
+
+/// Bytes per stored element; 0 where there are none (inherit, native) and where elements have no whole number of bytes (q8, q4: use
+/// dtype_bytes).
 constexpr std::size_t dtype_size(DType dtype) {
   switch (dtype) {
     case DType::f64:
@@ -46,10 +56,18 @@ constexpr std::size_t dtype_size(DType dtype) {
     case DType::i8:
     case DType::u8:
     case DType::boolean: return 1;
+    case DType::q8:
+    case DType::q4:
     case DType::inherit:
     case DType::native: break;
   }
   return 0;
+}
+
+/// Bytes of `elements` elements; of q8 and q4, of the blocks that hold them: 34 and 18 for 32 values and their scale.
+constexpr std::size_t dtype_bytes(DType dtype, std::int64_t elements) {
+  if (!is_block_format(dtype)) return static_cast<std::size_t>(elements) * dtype_size(dtype);
+  return static_cast<std::size_t>((elements + block_values - 1) / block_values) * (dtype == DType::q8 ? 34 : 18);
 }
 
 /// bfloat16 storage: the upper half of an f32.

@@ -2,6 +2,7 @@
 // Floor: core. May include: config, core.
 #pragma once
 
+#include <m2lm/core/blocks.hpp>
 #include <m2lm/core/dtype.hpp>
 #include <m2lm/core/view.hpp>
 
@@ -89,7 +90,8 @@ inline constexpr NativeType native_type{sizeof(T)};
 
 }  // namespace detail
 
-/// A read-only tensor with a run-time dtype. Shares ownership of its bytes (a mapped file, or a buffer).
+/// A read-only tensor with a run-time dtype. Shares ownership of its bytes (a mapped file, or a buffer). One in q8 or q4 has rows (all
+/// dimensions but the first) of whole blocks, which lie behind each other.
 class AnyTensor {
   DType dtype_ = DType::f32;
   const detail::NativeType* native_ = nullptr;  // of dtype `native` only
@@ -115,7 +117,7 @@ class AnyTensor {
   const Shape& shape() const { return shape_; }
   const std::byte* data() const { return data_; }
   bool has_value() const { return data_ != nullptr; }
-  std::size_t bytes() const { return static_cast<std::size_t>(shape_.elements()) * (native_ ? native_->size : dtype_size(dtype_)); }
+  std::size_t bytes() const { return native_ ? static_cast<std::size_t>(shape_.elements()) * native_->size : dtype_bytes(dtype_, shape_.elements()); }
   const std::shared_ptr<const void>& owner() const { return owner_; }
 
   /// Rows [begin, end) of the first dimension; shares the bytes. throws ShapeError for rows that are not there.
@@ -146,6 +148,8 @@ class AnyTensor {
       case DType::i8: return static_cast<double>(load(std::int8_t{}));
       case DType::u8:
       case DType::boolean: return static_cast<double>(load(std::uint8_t{}));
+      case DType::q8: return static_cast<double>(dequantise(load_block<Q8Block>(data_, i / block_values), i % block_values));
+      case DType::q4: return static_cast<double>(dequantise(load_block<Q4Block>(data_, i / block_values), i % block_values));
       case DType::inherit:
       case DType::native: break;
     }
@@ -161,6 +165,8 @@ class AnyTensor {
         std::memcpy(static_cast<void*>(out), data_ + static_cast<std::size_t>(begin) * sizeof(T), static_cast<std::size_t>(count) * sizeof(T));
         return;
       }
+    if (dtype_ == DType::q8) return dequantise<Q8Block>(data_, begin, count, out);
+    if (dtype_ == DType::q4) return dequantise<Q4Block>(data_, begin, count, out);
     if constexpr (std::is_same_v<T, float>) {
       const std::byte* source = data_ + static_cast<std::size_t>(begin) * dtype_size(dtype_);
       const auto n = static_cast<std::size_t>(count);

@@ -68,6 +68,8 @@ M2LM_IMPL std::string_view safetensors_name(DType dtype) {
     case DType::i8: return "I8";
     case DType::u8: return "U8";
     case DType::boolean: return "BOOL";
+    case DType::q8:
+    case DType::q4:
     case DType::inherit:
     case DType::native: break;
   }
