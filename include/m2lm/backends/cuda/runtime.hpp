@@ -37,7 +37,8 @@ struct LaunchShape {
 };
 
 /// y = x·wᵀ (+ bias) (activation) (+ residual), all row-major. requires activation none, relu or gelu_tanh: what cuBLASLt has as an
-/// epilogue (its GELU is the tanh form); x, w and y hold elements of `dtype` (f32, f16 or bf16), y f32 instead where wide_output.
+/// epilogue (its GELU is the tanh form); a residual only with activation none, a bias only without wide_output; x, w and y hold elements
+/// of `dtype` (f32, f16 or bf16), y f32 instead where wide_output.
 struct Product {
   DType dtype = DType::bf16;
   bool wide_output = false;
@@ -45,7 +46,7 @@ struct Product {
   std::int64_t ldx = 0;
   const void* w = nullptr;  ///< [n, k], rows of k
   std::int64_t m = 0, n = 0, k = 0;
-  const void* bias = nullptr;  ///< [n] of `dtype`, or null
+  const void* bias = nullptr;  ///< [n] of `dtype` on a 16-byte border, or null
   Activation activation = Activation::none;
   const void* residual = nullptr;  ///< [m, n] as y, or null; may be y
   std::int64_t ld_residual = 0;
@@ -82,6 +83,11 @@ class Device : public MemoryResource {
 
   /// Copies through pinned staging memory; `from` may be reused at once, the device sees the bytes in stream order.
   void copy_to_device(void* to, const void* from, std::size_t bytes);
+  /// Copies what `fill` writes into pinned staging memory, chunk after chunk: it is called with (chunk, first, count) and writes bytes
+  /// [first, first + count) of what `to` is to hold. While it fills one chunk the one before it is copied. Chunks are whole units of
+  /// `unit` bytes. requires bytes % unit == 0, 1 <= unit <= staging_unit.
+  void copy_to_device(void* to, std::size_t bytes, std::size_t unit, FunctionRef<void(std::byte*, std::size_t, std::size_t)> fill);
+  static constexpr std::size_t staging_unit = std::size_t{4} << 20;
   /// Waits for the stream.
   void copy_to_host(void* to, const void* from, std::size_t bytes);
   /// Waits for the stream; throws DeviceError for a fault of a kernel since the last wait.
