@@ -1,6 +1,5 @@
 // Probe: GGUF's block formats and the order of its rows.
-#include <m2lm/io/checkpoint_impl.hpp>
-#include <m2lm/io/gguf_tokenizer_impl.hpp>
+#include <m2lm/io/checkpoint.hpp>
 
 #include <doctest/doctest.h>
 

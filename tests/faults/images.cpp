@@ -1,9 +1,9 @@
 // Probe: pictures against Pillow and CLIPImageProcessor.
-#include <m2lm/io/config_impl.hpp>
-#include <m2lm/io/file_impl.hpp>
-#include <m2lm/io/image_impl.hpp>
-#include <m2lm/io/image_processor_impl.hpp>
-#include <m2lm/io/safetensors_impl.hpp>
+#include <m2lm/io/config.hpp>
+#include <m2lm/io/file.hpp>
+#include <m2lm/io/image.hpp>
+#include <m2lm/io/image_processor.hpp>
+#include <m2lm/io/safetensors.hpp>
 
 #include <doctest/doctest.h>
 

@@ -1,11 +1,11 @@
 // Probe: the decoder, the encoder and the projector, each loaded alone, against transformers.
 #include <m2lm/backends/reference/reference.hpp>
-#include <m2lm/io/checkpoint_impl.hpp>
-#include <m2lm/io/config_impl.hpp>
-#include <m2lm/io/file_impl.hpp>
-#include <m2lm/io/safetensors_impl.hpp>
-#include <m2lm/models/hf_config_impl.hpp>
-#include <m2lm/models/loader_impl.hpp>
+#include <m2lm/io/checkpoint.hpp>
+#include <m2lm/io/config.hpp>
+#include <m2lm/io/file.hpp>
+#include <m2lm/io/safetensors.hpp>
+#include <m2lm/models/hf_config.hpp>
+#include <m2lm/models/loader.hpp>
 #include <m2lm/testing/tolerance.hpp>
 
 #include <doctest/doctest.h>

@@ -1,8 +1,8 @@
 // Probe: logits processors, stop strings and the template of a further turn, by hand.
-#include <m2lm/models/chat_template_impl.hpp>
-#include <m2lm/sampling/options_impl.hpp>
-#include <m2lm/sampling/processors_impl.hpp>
-#include <m2lm/sampling/stop_impl.hpp>
+#include <m2lm/models/chat_template.hpp>
+#include <m2lm/sampling/options.hpp>
+#include <m2lm/sampling/processors.hpp>
+#include <m2lm/sampling/stop.hpp>
 
 #include <doctest/doctest.h>
 

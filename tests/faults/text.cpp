@@ -1,7 +1,7 @@
 // Probe: the tokenizer against transformers' ids, and its stream.
-#include <m2lm/io/config_impl.hpp>
-#include <m2lm/io/file_impl.hpp>
-#include <m2lm/io/tokenizer_impl.hpp>
+#include <m2lm/io/config.hpp>
+#include <m2lm/io/file.hpp>
+#include <m2lm/io/tokenizer.hpp>
 
 #include <doctest/doctest.h>
 
