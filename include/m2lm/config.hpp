@@ -37,7 +37,7 @@
 #endif
 
 // Before a loop whose trip count is a small constant: unroll it fully, so that arrays of vectors become registers at -O2 too.
-#if defined(__clang__)
+#if defined(__clang__) || defined(__CUDACC__)
 #define M2LM_UNROLL _Pragma("unroll")
 #elif defined(__GNUC__)
 #define M2LM_UNROLL _Pragma("GCC unroll 16")

@@ -58,7 +58,7 @@ THIRD_PARTY = {
 }
 READERS = {"json", "stb", "sentencepiece", "sndfile", "ffmpeg", "hnswlib"}  # owners that declarations must not reach
 CUDA = r"(cuda|cublas|curand|nv|cub/|thrust/|cute/|mma\.h|cooperative_groups)"
-SYSTEM = r"(sys/\w+|linux/\w+|\w*intrin|cpuid|unistd|fcntl|sched|pthread|errno|dlfcn|dirent|signal)\.h"
+SYSTEM = r"(sys/\w+|linux/\w+|sanitizer/\w+|\w*intrin|ucontext|cpuid|unistd|fcntl|sched|pthread|errno|dlfcn|dirent|signal)\.h"
 
 
 class Include(NamedTuple):
