@@ -50,6 +50,23 @@ namespace detail {
 inline std::string encoder_prefix(std::string_view name) { return name == "image" ? "vision_tower" : std::string(name) + "_encoder"; }
 inline std::string projector_prefix(std::string_view name) { return name == "image" ? "multi_modal_projector" : std::string(name) + "_projector"; }
 
+// What Modality asks of an encoder's and a projector's On. Concepts and not requires-expressions where they are used: those nvcc 13
+// takes for false when they name a member type of the class around them.
+template <class EncoderOn>
+concept HasWidth = requires(const EncoderOn& e) { { e.width() } -> std::convertible_to<std::int64_t>; };
+template <class EncoderOn, class X>
+concept HasTokens = requires(const EncoderOn& e, const X& x) { { e.tokens(x) } -> std::convertible_to<std::int64_t>; };
+template <class EncoderOn, class B, class X, class Y>
+concept EncodesRows = requires(const EncoderOn& e, Context<B>& ctx, const X& x, Y y) { e.forward(ctx, x, y); };
+template <class EncoderOn, class B, class X, class Y, class Levels>
+concept EncodesPyramid = requires(const EncoderOn& e, Context<B>& ctx, const X& x, Y y, Levels& levels) { e.forward(ctx, x, y, levels); };
+template <class EncoderOn, class B, class X>
+concept EncodesTokens = requires(const EncoderOn& e, Context<B>& ctx, const X& x) { e.token_ids(ctx, x); };
+template <class ProjectorOn>
+concept HasOutputTokens = requires(const ProjectorOn& p) { { p.output_tokens(std::int64_t{}) } -> std::convertible_to<std::int64_t>; };
+template <class ProjectorOn, class B, class X, class Y>
+concept ProjectsRows = requires(const ProjectorOn& p, Context<B>& ctx, X x, Y y) { p.forward(ctx, x, y); };
+
 }  // namespace detail
 
 /// What one instance gives to the decoder.
@@ -90,19 +107,18 @@ struct Modality {
     using EncoderOn = typename Encoder::template On<B, P>;
     using ProjectorOn = typename Projector::template On<B, P>;
     using X = std::remove_cvref_t<decltype(std::declval<const Preprocessor<Input>&>()(std::declval<const Input&>()))>;
-    using Levels = std::vector<FeatureLevel<S>>;
-    static_assert(discrete || requires(const EncoderOn& e) { { e.width() } -> std::convertible_to<std::int64_t>; },
+    static constexpr bool pyramidal = detail::EncodesPyramid<EncoderOn, B, X, Matrix<S>, std::vector<FeatureLevel<S>>>;
+    static_assert(discrete || detail::HasWidth<EncoderOn>,
                   "m2lm::Modality: the encoder's On has no width() const, the values per row that it gives");
-    static_assert(discrete || requires(const EncoderOn& e, const X& x) { { e.tokens(x) } -> std::convertible_to<std::int64_t>; },
+    static_assert(discrete || detail::HasTokens<EncoderOn, X>,
                   "m2lm::Modality: the encoder's On has no tokens(x) const, the rows that it gives for a preprocessed input x (of pictures a Tensor<float>)");
-    static_assert(discrete || requires(const EncoderOn& e, Context<B>& ctx, const X& x, Matrix<S> y) { e.forward(ctx, x, y); } ||
-                      requires(const EncoderOn& e, Context<B>& ctx, const X& x, Matrix<S> y, Levels& levels) { e.forward(ctx, x, y, levels); },
+    static_assert(discrete || detail::EncodesRows<EncoderOn, B, X, Matrix<S>> || pyramidal,
                   "m2lm::Modality: the encoder's On has no forward(ctx, x, features) const for a preprocessed input x (of pictures a Tensor<float>)");
-    static_assert(!discrete || requires(const EncoderOn& e, Context<B>& ctx, const X& x) { e.token_ids(ctx, x); },
+    static_assert(!discrete || detail::EncodesTokens<EncoderOn, B, X>,
                   "m2lm::Modality: the insertion is DiscreteTokens, but the encoder's On has no token_ids(ctx, x) const");
-    static_assert(discrete || requires(const ProjectorOn& p) { { p.output_tokens(std::int64_t{}) } -> std::convertible_to<std::int64_t>; },
+    static_assert(discrete || detail::HasOutputTokens<ProjectorOn>,
                   "m2lm::Modality: the projector's On has no output_tokens(n) const, the rows that n rows become");
-    static_assert(discrete || requires(const ProjectorOn& p, Context<B>& ctx, Matrix<const S> x, Matrix<S> y) { p.forward(ctx, x, y); },
+    static_assert(discrete || detail::ProjectsRows<ProjectorOn, B, Matrix<const S>, Matrix<S>>,
                   "m2lm::Modality: the projector's On has no forward(ctx, x, y) const");
     EncoderOn encoder;
     ProjectorOn projector;
@@ -131,7 +147,7 @@ struct Modality {
       } else {
         const std::int64_t tokens = encoder.tokens(x);
         const Matrix<S> features = ctx.arena.template matrix<S>(tokens, encoder.width());
-        if constexpr (requires { encoder.forward(ctx, x, features, out.pyramid); })
+        if constexpr (pyramidal)
           encoder.forward(ctx, x, features, out.pyramid);
         else
           encoder.forward(ctx, x, features);
