@@ -8,6 +8,7 @@
 
 #include <m2lm/backends/cuda/runtime.hpp>
 #include <m2lm/backends/cuda/runtime_common.hpp>
+#include <m2lm/testing/cuda_emulation.hpp>
 
 #include <algorithm>
 #include <atomic>
@@ -23,6 +24,7 @@
 #include <mutex>
 #include <new>
 #include <optional>
+#include <stdexcept>
 #include <string>
 #include <string_view>
 #include <type_traits>
@@ -31,18 +33,6 @@
 
 #include <sys/mman.h>
 #include <unistd.h>
-
-#if defined(__SANITIZE_ADDRESS__)
-#define M2LM_EMULATION_ASAN 1
-#elif defined(__has_feature)
-#if __has_feature(address_sanitizer)
-#define M2LM_EMULATION_ASAN 1
-#endif
-#endif
-#if defined(M2LM_EMULATION_ASAN)
-extern "C" void __asan_poison_memory_region(const volatile void*, std::size_t);
-extern "C" void __asan_unpoison_memory_region(const volatile void*, std::size_t);
-#endif
 
 namespace m2lm::cuda::emulation {
 
@@ -97,12 +87,12 @@ inline std::size_t round_up(std::size_t n, std::size_t unit) { return (n + unit 
 
 inline void poison([[maybe_unused]] const void* p, [[maybe_unused]] std::size_t bytes) {
 #if defined(M2LM_EMULATION_ASAN)
-  __asan_poison_memory_region(p, bytes);
+  ASAN_POISON_MEMORY_REGION(p, bytes);
 #endif
 }
 inline void unpoison([[maybe_unused]] const void* p, [[maybe_unused]] std::size_t bytes) {
 #if defined(M2LM_EMULATION_ASAN)
-  __asan_unpoison_memory_region(p, bytes);
+  ASAN_UNPOISON_MEMORY_REGION(p, bytes);
 #endif
 }
 
@@ -348,10 +338,12 @@ struct Device::Implementation {
     try {
       if (step.launch) {
         const std::uint64_t count = emulation::counts().launches++;
-        require<DeviceError>(emulation::machine().faulty_launch != count, "an illegal memory access was encountered");
+        if (emulation::machine().faulty_launch == count) throw std::runtime_error("an illegal memory access was encountered");
       }
       const Memory::Opened opened(memory);
       step.run();
+    } catch (const DeviceError& error) {  // of the engine: it names the kernel
+      fault = error.what();
     } catch (const std::exception& error) {
       fault = concat(step.name, ": ", error.what());
     }
@@ -539,8 +531,6 @@ inline void Device::wait_for(int mark) {
 
 namespace emulation {
 
-/// A kernel as `launch` enqueues it: runs at once, or is recorded where a step is being recorded. `run` reads and writes device memory; what
-/// it throws is a fault of the kernel. throws DeviceError naming the kernel for a shape that no launch can have.
 inline void enqueue(Device& device, std::string_view kernel, const LaunchShape& shape, std::function<void()> run) {
   const DeviceProperties& properties = device.properties();
   const bool possible = shape.grid_x >= 1 && shape.grid_y >= 1 && shape.grid_z >= 1 && shape.grid_x <= 0x7fffffffU && shape.grid_y <= 65535U &&

@@ -29,6 +29,8 @@
 
 #if defined(__CUDACC__)
 
+#include <m2lm/backends/cuda/runtime.cuh>
+
 #include <cuda_bf16.h>
 #include <cuda_fp16.h>
 #include <cuda_runtime.h>
@@ -42,29 +44,21 @@
 
 namespace m2lm::cuda {
 
-namespace detail {
-
-// runtime.cuh defines these: the stream of a device; a DeviceError, naming the kernel, its shape and what CUDA said, unless all is well.
-cudaStream_t stream_of(Device& device);
-void require_launched(cudaError_t status, std::string_view kernel, const LaunchShape& shape);
-
-}  // namespace detail
-
 /// Enqueues kernel(arguments…) on the device's stream. throws DeviceError naming the kernel, its shape and what CUDA said.
 template <class... Parameter>
 void launch(Device& device, const char* name, void (*kernel)(Parameter...), const LaunchShape& shape, std::type_identity_t<Parameter>... arguments) {
   constexpr std::size_t shared_bytes_of_any_kernel = 48 * 1024;  // more has to be asked for (CUDA C++ programming guide, 16.x "Shared memory")
   const void* const entry = reinterpret_cast<const void*>(kernel);
+  const detail::Launching launching(device, name, shape);
   if (shape.shared_bytes > shared_bytes_of_any_kernel)
-    detail::require_launched(cudaFuncSetAttribute(entry, cudaFuncAttributeMaxDynamicSharedMemorySize, static_cast<int>(shape.shared_bytes)), name,
-                             shape);
+    launching.require(cudaFuncSetAttribute(entry, cudaFuncAttributeMaxDynamicSharedMemorySize, static_cast<int>(shape.shared_bytes)));
   cudaLaunchConfig_t config{};
   config.gridDim = dim3(shape.grid_x, shape.grid_y, shape.grid_z);
   config.blockDim = dim3(shape.block_x, shape.block_y);
   config.dynamicSmemBytes = shape.shared_bytes;
-  config.stream = detail::stream_of(device);
+  config.stream = launching.stream();
   void* values[] = {const_cast<void*>(static_cast<const void*>(std::addressof(arguments)))..., nullptr};
-  detail::require_launched(cudaLaunchKernelExC(&config, entry, values), name, shape);
+  launching.require(cudaLaunchKernelExC(&config, entry, values));
 }
 
 // ---- values -----------------------------------------------------------------------------------------------------------------

@@ -20,7 +20,7 @@ namespace m2lm::cuda {
 struct DeviceProperties {
   std::string name;
   int ordinal = 0;
-  int compute_capability = 0;              ///< 90 = sm_90
+  int compute_capability = 0;  ///< 90 = sm_90
   int multiprocessors = 0;
   std::size_t memory_bytes = 0;            ///< of the device, in all
   std::size_t shared_bytes_per_block = 0;  ///< that a kernel may ask for (opt-in)

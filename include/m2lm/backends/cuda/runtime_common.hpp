@@ -32,10 +32,8 @@ inline std::string no_device_reason(NoDevice why, int driver, int runtime, std::
     case NoDevice::no_driver:
       return concat("no NVIDIA driver is installed or loaded on this machine (CUDA ", needed, " needs one); the CPU backend works without");
     case NoDevice::old_driver:
-      return driver == 0
-                 ? concat("the NVIDIA driver is missing or older than CUDA ", needed, ", with which this program was built: install a newer driver")
-                 : concat("the NVIDIA driver is of CUDA ", version_string(driver), ", this program was built with CUDA ", needed,
-                          ": install a newer driver, or build with an older toolkit");
+      return concat("the NVIDIA driver is of CUDA ", version_string(driver), ", this program was built with CUDA ", needed,
+                    ": install a newer driver, or build with an older toolkit");
     case NoDevice::none_visible:
       return "there is a driver, but no device is visible: look at nvidia-smi, and at the environment variable CUDA_VISIBLE_DEVICES";
     case NoDevice::other: break;
