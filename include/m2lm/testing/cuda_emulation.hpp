@@ -450,6 +450,12 @@ std::uint32_t pack(float low, float high) {
   return store<E>(low).bits | static_cast<std::uint32_t>(store<E>(high).bits) << 16;
 }
 
+template <class E>
+std::uint32_t subtract_pairs(std::uint32_t a, std::uint32_t b) {
+  const auto element = [](std::uint32_t word, unsigned i) { return to_float(E{static_cast<std::uint16_t>(word >> (16 * i) & 0xffffU)}); };
+  return pack<E>(element(a, 0) - element(b, 0), element(a, 1) - element(b, 1));
+}
+
 inline float exp2_approx(float x) { return std::exp2(x); }
 inline float rsqrt_approx(float x) { return 1.0F / std::sqrt(x); }
 inline float fast_divide(float x, float y) { return x / y; }

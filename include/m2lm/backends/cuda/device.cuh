@@ -96,6 +96,19 @@ M2LM_DEVICE std::uint32_t pack(float low, float high) {
   return packed;
 }
 
+/// a - b of both elements of a register, each rounded once.
+template <class E>
+M2LM_DEVICE std::uint32_t subtract_pairs(std::uint32_t a, std::uint32_t b) {
+  std::uint32_t difference;
+  if constexpr (std::is_same_v<E, Half>) {
+    asm("sub.rn.f16x2 %0, %1, %2;" : "=r"(difference) : "r"(a), "r"(b));
+  } else {
+    static_assert(std::is_same_v<E, Bf16>, "m2lm: subtract_pairs is for Half and Bf16");
+    asm("fma.rn.bf16x2 %0, %1, %2, %3;" : "=r"(difference) : "r"(b), "r"(0xbf80bf80U), "r"(a));  // b·(-1) + a: sm_80 has no sub
+  }
+  return difference;
+}
+
 M2LM_DEVICE float exp2_approx(float x) {
   float y;
   asm("ex2.approx.ftz.f32 %0, %1;" : "=f"(y) : "f"(x));
