@@ -5,13 +5,20 @@
 #include <m2lm/core/tensor.hpp>
 #include <m2lm/core/view.hpp>
 
+#include <atomic>
 #include <cstddef>
 #include <cstdint>
 #include <vector>
 
 namespace m2lm {
 
-/// Bump allocator. Memory is uninitialised and 64-byte aligned. Once it has seen the largest piece of work it allocates
+/// A number that no other call in this program gives.
+inline std::uint64_t next_number() {
+  static std::atomic<std::uint64_t> last{0};
+  return ++last;
+}
+
+/// Bump allocator, in the host's memory or a device's. Memory is uninitialised and 64-byte aligned (256 on a device). Once it has seen the largest piece of work it allocates
 /// nothing more: after a growth the blocks are merged into one when the outermost Scope ends.
 class Arena {
   struct Block {
@@ -20,9 +27,13 @@ class Arena {
   };
   std::vector<Block> blocks_;
   std::size_t block_ = 0, used_ = 0, peak_ = 0, taken_ = 0;
+  MemoryResource* memory_ = nullptr;
+  std::uint64_t generation_ = next_number();
 
  public:
   Arena() = default;
+  /// requires `memory`, unless null, to live longer.
+  explicit Arena(MemoryResource* memory) : memory_(memory) {}
   Arena(Arena&&) = default;
   Arena& operator=(Arena&&) = default;
 
@@ -46,7 +57,7 @@ class Arena {
   /// `count` uninitialised elements.
   template <class T>
   T* take(std::int64_t count) {
-    static_assert(std::is_trivially_copyable_v<T>, "m2lm::Arena::take: elements are plain values");
+    static_assert(!HostElement<T> || std::is_trivially_copyable_v<T>, "m2lm::Arena::take: elements are plain values");
     return reinterpret_cast<T*>(take_bytes(static_cast<std::size_t>(count) * sizeof(T)));
   }
   template <class T>
@@ -56,17 +67,22 @@ class Arena {
 
   /// Most bytes ever in use at once.
   std::size_t peak_bytes() const { return peak_; }
+  /// Changes whenever memory was taken from the system or given back: as long as it stays, equal work gets equal addresses. No two
+  /// arenas of a program have the same.
+  std::uint64_t generation() const { return generation_; }
 
  private:
   std::byte* take_bytes(std::size_t n) {
-    n = (n + detail::tensor_alignment - 1) / detail::tensor_alignment * detail::tensor_alignment;
+    const std::size_t alignment = memory_ ? device_alignment : detail::tensor_alignment;
+    n = (n + alignment - 1) / alignment * alignment;
     while (block_ < blocks_.size() && used_ + n > blocks_[block_].size) {
       ++block_;
       used_ = 0;
     }
     if (block_ == blocks_.size()) {
       const std::size_t size = n > minimum_block ? n : minimum_block;
-      blocks_.push_back({detail::aligned_bytes(size), size});
+      blocks_.push_back({detail::aligned_bytes(size, memory_), size});
+      generation_ = next_number();
     }
     std::byte* p = blocks_[block_].bytes.get() + used_;
     used_ += n;
@@ -79,12 +95,15 @@ class Arena {
     std::size_t total = 0;
     for (const auto& b : blocks_) total += b.size;
     blocks_.clear();
+    generation_ = next_number();
     try {
-      blocks_.push_back({detail::aligned_bytes(total), total});
+      blocks_.push_back({detail::aligned_bytes(total, memory_), total});
     } catch (const std::bad_alloc&) {
       // Another thread took the memory: an arena without blocks is as good as new.
+    } catch (const CapacityError&) {  // the same, on a device
     }
   }
+  static constexpr std::size_t device_alignment = 256;
   static constexpr std::size_t minimum_block = std::size_t{1} << 16;
 };
 

@@ -3,6 +3,7 @@
 #pragma once
 
 #include <m2lm/core/error.hpp>
+#include <m2lm/core/memory.hpp>
 
 #include <bit>
 #include <cstddef>
@@ -142,5 +143,7 @@ template <>
 inline constexpr DType dtype_of<std::uint8_t> = DType::u8;
 template <>
 inline constexpr DType dtype_of<bool> = DType::boolean;
+template <class T>
+inline constexpr DType dtype_of<OnDevice<T>> = dtype_of<T>;
 
 }  // namespace m2lm

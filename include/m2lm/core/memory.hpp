@@ -1,4 +1,4 @@
-// Where elements live: MemoryResource, the memory of the host, and OnDevice, an element that the host cannot read.
+// Where elements live: MemoryResource, the memory of a device, and OnDevice, an element that the host cannot read.
 // Floor: core. May include: config, core.
 #pragma once
 
@@ -9,7 +9,7 @@
 
 namespace m2lm {
 
-/// Where tensors, arenas and KV caches take their bytes from. A backend has one.
+/// The memory of a device: where its tensors, arenas and KV caches take their bytes from. (Those of the host use operator new.)
 class MemoryResource {
  public:
   MemoryResource() = default;
@@ -17,9 +17,9 @@ class MemoryResource {
   MemoryResource& operator=(const MemoryResource&) = delete;
   virtual ~MemoryResource() = default;
 
-  /// At least 64-byte aligned, uninitialised. throws std::bad_alloc or CapacityError.
+  /// At least 256-byte aligned, uninitialised. throws CapacityError.
   virtual void* allocate(std::size_t bytes) = 0;
-  /// Zero bytes, at least 16-byte aligned; a large block of host memory becomes resident only as it is written.
+  /// The same, zero.
   virtual void* allocate_zeroed(std::size_t bytes) = 0;
   virtual void release(void* p) noexcept = 0;
   /// Sets bytes to zero, in order with what the backend computes.
@@ -27,9 +27,6 @@ class MemoryResource {
   /// Bytes that can still be had, as far as is known.
   virtual std::size_t available() const = 0;
 };
-
-/// The host's. Lives as long as the program.
-MemoryResource& host_memory();
 
 /// An element in the memory of a device: it has the size of a T, and the host can neither read, write nor copy it. So a View, Tensor or
 /// Matrix of such elements goes through layers and ops as any other, and code that touches its elements does not compile.

@@ -19,6 +19,10 @@ class Rng {
   constexpr Rng() = default;
   constexpr explicit Rng(std::uint64_t seed) : seed_(seed) {}
 
+  constexpr std::uint64_t seed() const { return seed_; }
+  /// How many numbers were drawn.
+  constexpr std::uint64_t counter() const { return counter_; }
+
   static constexpr std::array<std::uint32_t, 4> block(std::array<std::uint32_t, 4> c, std::array<std::uint32_t, 2> key) {
     for (int round = 0; round < 10; ++round) {
       const std::uint64_t p0 = std::uint64_t{0xD2511F53U} * c[0];

@@ -4,6 +4,7 @@
 
 #include <m2lm/core/blocks.hpp>
 #include <m2lm/core/dtype.hpp>
+#include <m2lm/core/memory.hpp>
 #include <m2lm/core/view.hpp>
 
 #include <array>
@@ -21,49 +22,72 @@ namespace detail {
 inline constexpr std::size_t tensor_alignment = 64;
 
 struct AlignedDelete {
-  void operator()(std::byte* p) const { ::operator delete(p, std::align_val_t{tensor_alignment}); }
+  MemoryResource* memory = nullptr;  // null: the host's
+  void operator()(std::byte* p) const {
+    if (memory)
+      memory->release(p);
+    else
+      ::operator delete(p, std::align_val_t{tensor_alignment});
+  }
 };
 using AlignedBytes = std::unique_ptr<std::byte[], AlignedDelete>;
 
-/// Uninitialised bytes on a 64-byte border.
-inline AlignedBytes aligned_bytes(std::size_t n) {
+/// Uninitialised bytes on a 64-byte border, of the host's memory or a device's.
+inline AlignedBytes aligned_bytes(std::size_t n, MemoryResource* memory = nullptr) {
+  if (memory) return {static_cast<std::byte*>(memory->allocate(n)), {memory}};
   return AlignedBytes(static_cast<std::byte*>(::operator new(n ? n : 1, std::align_val_t{tensor_alignment})));
 }
 
 }  // namespace detail
 
-/// Owning, row-major, contiguous, zero-initialised. Movable; copies are explicit (`clone`).
-template <class T, class Memory = HostMemory>
+/// Owning, row-major, contiguous, zero-initialised. Movable; copies are explicit (`clone`). Elements of a type OnDevice<T> lie in the
+/// memory of a device, which must live longer than the tensor.
+template <class T>
 class Tensor {
-  static_assert(std::is_trivially_copyable_v<T>, "m2lm::Tensor: elements are plain values");
+  static_assert(!HostElement<T> || std::is_trivially_copyable_v<T>, "m2lm::Tensor: elements are plain values");
   Shape shape_;
   detail::AlignedBytes bytes_;
 
  public:
   Tensor() = default;
-  explicit Tensor(Shape shape) : shape_(shape), bytes_(detail::aligned_bytes(static_cast<std::size_t>(shape.elements()) * sizeof(T))) {
+  explicit Tensor(Shape shape)
+    requires HostElement<T>
+      : shape_(shape), bytes_(detail::aligned_bytes(static_cast<std::size_t>(shape.elements()) * sizeof(T))) {
     std::uninitialized_value_construct_n(data(), static_cast<std::size_t>(shape.elements()));
   }
+  Tensor(Shape shape, MemoryResource& memory)
+    requires(!HostElement<T>)
+      : shape_(shape), bytes_(static_cast<std::byte*>(memory.allocate_zeroed(static_cast<std::size_t>(shape.elements()) * sizeof(T))), {&memory}) {}
 
   const Shape& shape() const { return shape_; }
   std::int64_t elements() const { return bytes_ ? shape_.elements() : 0; }
   bool empty() const { return elements() == 0; }
   T* data() { return reinterpret_cast<T*>(bytes_.get()); }
   const T* data() const { return reinterpret_cast<const T*>(bytes_.get()); }
-  std::span<T> span() { return {data(), static_cast<std::size_t>(elements())}; }
-  std::span<const T> span() const { return {data(), static_cast<std::size_t>(elements())}; }
+  std::span<T> span()
+    requires HostElement<T>
+  {
+    return {data(), static_cast<std::size_t>(elements())};
+  }
+  std::span<const T> span() const
+    requires HostElement<T>
+  {
+    return {data(), static_cast<std::size_t>(elements())};
+  }
 
   /// The tensor as a view of its own rank. throws ShapeError if Rank differs.
   template <int Rank>
-  View<T, Rank, Memory> view() {
-    return View<T, Rank, Memory>(data(), extents<Rank>());
+  View<T, Rank> view() {
+    return View<T, Rank>(data(), extents<Rank>());
   }
   template <int Rank>
-  View<const T, Rank, Memory> view() const {
-    return View<const T, Rank, Memory>(data(), extents<Rank>());
+  View<const T, Rank> view() const {
+    return View<const T, Rank>(data(), extents<Rank>());
   }
 
-  Tensor clone() const {
+  Tensor clone() const
+    requires HostElement<T>
+  {
     Tensor copy(shape_);
     if (elements() != 0) std::memcpy(static_cast<void*>(copy.data()), data(), static_cast<std::size_t>(elements()) * sizeof(T));
     return copy;
@@ -104,10 +128,10 @@ class AnyTensor {
   AnyTensor(DType dtype, Shape shape, const std::byte* data, std::shared_ptr<const void> owner)
       : dtype_(dtype), shape_(shape), data_(data), owner_(std::move(owner)) {}
   /// Takes a tensor over. A scalar that has no DType (a dual number) is stored as it is: dtype `native`.
-  template <class T>
+  template <HostElement T>
   explicit AnyTensor(Tensor<T>&& tensor) : AnyTensor(std::make_shared<Tensor<T>>(std::move(tensor))) {}
   /// Shares a tensor: who owns it may go on changing its elements (an optimiser does).
-  template <class T>
+  template <HostElement T>
   explicit AnyTensor(const std::shared_ptr<Tensor<T>>& tensor)
       : dtype_(dtype_of<T>), shape_(tensor->shape()), data_(reinterpret_cast<const std::byte*>(tensor->data())), owner_(tensor) {
     if constexpr (dtype_of<T> == DType::native) native_ = &detail::native_type<T>;

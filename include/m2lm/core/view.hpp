@@ -1,4 +1,4 @@
-// Shape, memory spaces and View: a strided, non-owning window on elements.
+// Shape and View: a strided, non-owning window on elements.
 // Floor: core. May include: config, core.
 #pragma once
 
@@ -13,8 +13,6 @@
 #include <type_traits>
 
 namespace m2lm {
-
-struct HostMemory {};
 
 inline constexpr int max_rank = 6;
 
@@ -44,7 +42,7 @@ class Shape {
 };
 
 /// Non-owning window: data, extents, strides (in elements; the last one is 1 unless stated otherwise).
-template <class T, int Rank, class Memory = HostMemory>
+template <class T, int Rank>
 class View {
   static_assert(Rank >= 1 && Rank <= max_rank, "m2lm::View: the rank is between 1 and 6");
   T* data_ = nullptr;
@@ -67,7 +65,7 @@ class View {
   /// A view of non-const elements is a view of const ones.
   template <class U>
     requires(std::is_same_v<const U, T> && !std::is_same_v<U, T>)
-  constexpr View(const View<U, Rank, Memory>& other)  // NOLINT: implicit like T* to const T*
+  constexpr View(const View<U, Rank>& other)  // NOLINT: implicit like T* to const T*
       : data_(other.data()), extent_(other.extents()), stride_(other.strides()) {}
 
   constexpr T* data() const { return data_; }

@@ -7,7 +7,6 @@
 #include <m2lm/layers/rope.hpp>
 
 #include <cmath>
-#include <cstring>
 #include <span>
 
 namespace m2lm {
@@ -64,8 +63,10 @@ class SelfAttention {
     const auto bytes = static_cast<std::int64_t>(plan.bytes);
     const KeyValues kv{.format = format, .kv_heads = config_.kv_heads, .head_dim = config_.head_dim, .capacity = plan.capacity,
                        .keys = ctx.arena.template take<std::byte>(bytes), .values = ctx.arena.template take<std::byte>(bytes)};
-    std::memset(kv.keys, 0, plan.bytes);
-    std::memset(kv.values, 0, plan.bytes);
+    if constexpr (HostBackend<B>) {  // a panel's padding is multiplied by 0; a device reads nothing behind the last key
+      ops::zero(ctx, kv.keys, bytes);
+      ops::zero(ctx, kv.values, bytes);
+    }
     ops::append_key_values(ctx, k_of(qkv), v_of(qkv), 0, kv);
     ops::attention(ctx, q_of(qkv), kv, tokens, 0, mask, scale(), mixed);
   }
@@ -110,7 +111,8 @@ class CausalAttention : public SelfAttention<B> {
   }
 
   struct Saved {
-    Matrix<const S> x, cos, sin;                // the caller's
+    Matrix<const S> x;                           // the caller's
+    Matrix<const AccumulatorOf<B>> cos, sin;     // the caller's
     std::span<const SequenceRows<B>> sequences;  // the caller's
     Matrix<const S> qkv;                         // q and k rotated
     Matrix<const S> mixed;                       // what o_proj reads
@@ -118,21 +120,26 @@ class CausalAttention : public SelfAttention<B> {
   /// h += o_proj(attention(x)). requires x, h [rows, hidden]; cos, sin [rows, head_dim/2] for each row's position. Writes the
   /// keys and values of the rows to layer `layer` of each sequence's cache (it does not advance the cache). What is saved for a
   /// gradient is of whole sequences: they have no cache.
-  void forward(Context<B>& ctx, std::int64_t layer, Matrix<const S> x, std::span<const SequenceRows<B>> sequences, Matrix<const S> cos,
-               Matrix<const S> sin, Matrix<S> h, Saved* saved = nullptr) const {
+  void forward(Context<B>& ctx, std::int64_t layer, Matrix<const S> x, std::span<const SequenceRows<B>> sequences,
+               Matrix<const AccumulatorOf<B>> cos, Matrix<const AccumulatorOf<B>> sin, Matrix<S> h, Saved* saved = nullptr) const {
     const Arena::Scope scope(ctx.arena);
     Arena& storage = ctx.storage(saved != nullptr);
     const Matrix<S> qkv = storage.template matrix<S>(x.extent(0), this->qkv_width());
     const Matrix<S> mixed = storage.template matrix<S>(x.extent(0), this->q_width());
     this->qkv_.forward(ctx, x, qkv);
-    ops::rope(ctx, qkv.columns(0, this->q_width() + this->kv_width()), config_.head_dim, cos, sin);
+    if constexpr (!ops::FusesRopeAppend<B>) ops::rope(ctx, qkv.columns(0, this->q_width() + this->kv_width()), config_.head_dim, cos, sin);
     for (const SequenceRows<B>& s : sequences) {
       require(s.cache == nullptr || saved == nullptr, "m2lm::CausalAttention: a sequence whose gradient is wanted is given whole, without a cache");
       const std::int64_t first = s.first(), end = s.begin + s.count;
       const Matrix<const S> rows = qkv.rows(s.begin, end);
+      if constexpr (ops::FusesRopeAppend<B>)
+        if (!s.cache) ops::rope(ctx, qkv.rows(s.begin, end).columns(0, this->q_width() + this->kv_width()), config_.head_dim, cos.rows(s.begin, end), sin.rows(s.begin, end));
       if (s.cache) {
         const KeyValues& kv = s.cache->layer(layer);
-        ops::append_key_values(ctx, this->k_of(rows), this->v_of(rows), first, kv);
+        if constexpr (ops::FusesRopeAppend<B>)
+          ops::rope_append(ctx, qkv.rows(s.begin, end), config_.heads, cos.rows(s.begin, end), sin.rows(s.begin, end), first, kv);
+        else
+          ops::append_key_values(ctx, this->k_of(rows), this->v_of(rows), first, kv);
         ops::attention(ctx, this->q_of(rows), kv, first + s.count, first, mask(), this->scale(), mixed.rows(s.begin, end));
       } else if (s.count > 0) {
         this->attend(ctx, dtype_of<S>, rows, mask(), mixed.rows(s.begin, end));

@@ -4,7 +4,9 @@
 
 #include <m2lm/core/gradients.hpp>
 #include <m2lm/ops/activation.hpp>
+#include <m2lm/ops/gather.hpp>
 #include <m2lm/ops/linear.hpp>
+#include <m2lm/ops/transfer.hpp>
 
 #include <initializer_list>
 #include <vector>
@@ -61,18 +63,30 @@ class Linear {
     pack_updates(ctx, parts);
     require(updates_.empty() || !gated, "m2lm::Linear: a gated product has no place for an adapter's update");
     if (!any_bias) return;
-    bias_values_ = Tensor<S>(Shape{rows});
+    Tensor<HostScalarOf<B>> biases(Shape{rows});
     std::int64_t row = 0;
     for (const Linear* part : parts) {
-      if (part->has_bias()) part->bias.value.copy_to(bias_values_.data() + row, 0, part->outputs());
+      if (part->has_bias()) part->bias.value.copy_to(biases.data() + row, 0, part->outputs());
       row += part->outputs();
     }
+    if constexpr (HostBackend<B>)
+      bias_values_ = std::move(biases);
+    else
+      bias_values_ = ops::upload_tensor(ctx, AnyTensor(std::move(biases)));
   }
 
   /// y = act(x·wᵀ + bias) + residual. requires prepare or fuse; shapes as ops::linear.
   void forward(Context<B>& ctx, Matrix<const S> x, Matrix<S> y, Activation activation = Activation::none, Matrix<const S> residual = {}) const {
     if (!updates_.empty()) return forward_updated(ctx, x, y, activation, residual);
     ops::linear(ctx, x, packed_, Epilogue<S>{.bias = bias_values_.data(), .activation = activation, .residual = residual}, y);
+  }
+
+  /// y = x·wᵀ, not rounded to the scalar of a device. requires no bias and no adapter beside the weight.
+  void forward(Context<B>& ctx, Matrix<const S> x, Matrix<AccumulatorOf<B>> y) const
+    requires(!std::is_same_v<S, AccumulatorOf<B>>)
+  {
+    require(updates_.empty() && bias_values_.empty(), "m2lm::Linear: a product of full precision has no place for a bias or an adapter; load the adapter merged");
+    ops::linear(ctx, x, packed_, y);
   }
 
   const PackedMatrix& packed() const { return packed_; }
@@ -123,7 +137,8 @@ class Linear {
         Tensor<double> scaled = u->b.template to<double>();
         for (double& x : scaled.span()) x *= u->scale;
         const AnyTensor a = u->a, b(std::move(scaled));
-        updates_.push_back({row, ops::pack(ctx, std::span<const AnyTensor>(&a, 1), DType::f32), ops::pack(ctx, std::span<const AnyTensor>(&b, 1), DType::f32)});
+        constexpr DType format = HostBackend<B> ? DType::f32 : dtype_of<S>;
+        updates_.push_back({row, ops::pack(ctx, std::span<const AnyTensor>(&a, 1), format), ops::pack(ctx, std::span<const AnyTensor>(&b, 1), format)});
       }
       row += part->outputs();
     }
@@ -141,8 +156,8 @@ class Linear {
     }
     if (direct) return;
     ops::activation_forward(ctx, Matrix<const S>(z), activation, z);
-    for (std::int64_t i = 0; i < y.extent(0); ++i)
-      for (std::int64_t j = 0; j < y.extent(1); ++j) y(i, j) = residual.data() ? z(i, j) + residual(i, j) : z(i, j);
+    if (residual.data()) ops::add_rows(ctx, z, residual);
+    ops::copy_rows(ctx, Matrix<const S>(z), y);
   }
 };
 

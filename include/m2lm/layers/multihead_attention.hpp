@@ -70,8 +70,8 @@ class MultiheadAttention {
     }
     out_proj.prepare(ctx, format);
     if (!config_.bias_kv) return;
-    extra_key_ = bias_k.value.template to<S>();
-    extra_value_ = bias_v.value.template to<S>();
+    extra_key_ = ops::upload_tensor(ctx, bias_k.value);
+    extra_value_ = ops::upload_tensor(ctx, bias_v.value);
   }
 
   /// Keys and values of `x` [rows, width], and the learned ones if there are any.

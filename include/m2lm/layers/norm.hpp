@@ -4,6 +4,7 @@
 
 #include <m2lm/core/gradients.hpp>
 #include <m2lm/ops/norm.hpp>
+#include <m2lm/ops/transfer.hpp>
 
 namespace m2lm {
 
@@ -23,7 +24,7 @@ class RmsNorm {
   static void fields(V&& visit, Self& self) {
     visit("weight", self.weight);
   }
-  void prepare(Context<B>&) { weight_values_ = weight.value.template to<S>(); }
+  void prepare(Context<B>& ctx) { weight_values_ = ops::upload_tensor(ctx, weight.value); }
 
   struct Saved {
     Matrix<const S> x;  // the caller's: it must stay until backward
@@ -57,9 +58,9 @@ class LayerNorm {
     visit("weight", self.weight);
     visit("bias", self.bias);
   }
-  void prepare(Context<B>&) {
-    weight_values_ = weight.value.template to<S>();
-    bias_values_ = bias.value.template to<S>();
+  void prepare(Context<B>& ctx) {
+    weight_values_ = ops::upload_tensor(ctx, weight.value);
+    bias_values_ = ops::upload_tensor(ctx, bias.value);
   }
 
   struct Saved {

@@ -3,7 +3,9 @@
 #pragma once
 
 #include <m2lm/ops/rope.hpp>
+#include <m2lm/ops/transfer.hpp>
 
+#include <algorithm>
 #include <cmath>
 #include <numbers>
 #include <vector>
@@ -61,5 +63,32 @@ void rope_angles(std::span<const float> frequencies, std::int64_t first, Matrix<
       sin(t, i) = static_cast<S>(M2LM_FAULT(23) ? -std::sin(angle) : std::sin(angle));
     }
 }
+
+/// The frequencies of a decoder, and the angles of positions where the backend computes.
+template <class B>
+class RopeFrequencies {
+  std::vector<float> host_;
+  Tensor<ElementOf<B, float>> device_;
+
+ public:
+  RopeFrequencies() = default;
+  RopeFrequencies(const RopeConfig& config, std::int64_t head_dim) : host_(rope_frequencies(config, head_dim)) {}
+
+  void prepare([[maybe_unused]] Context<B>& ctx) {
+    if constexpr (!HostBackend<B>) {
+      Tensor<float> values(Shape{static_cast<std::int64_t>(host_.size())});
+      std::copy(host_.begin(), host_.end(), values.data());
+      device_ = ops::upload_tensor<B, OnDevice<float>>(ctx, AnyTensor(std::move(values)));
+    }
+  }
+  /// Fills cos and sin [tokens, head_dim/2] for positions first, first + 1, …. A device reads `first` from *length, unless that is null.
+  void angles([[maybe_unused]] Context<B>& ctx, std::int64_t first, [[maybe_unused]] const OnDevice<std::int32_t>* length, Matrix<AccumulatorOf<B>> cos,
+              Matrix<AccumulatorOf<B>> sin) const {
+    if constexpr (HostBackend<B>)
+      rope_angles<ScalarOf<B>>(host_, first, cos, sin);
+    else
+      ops::Impl<ops::RopeAngles, B>::run(ctx, device_, first, length, cos, sin);
+  }
+};
 
 }  // namespace m2lm

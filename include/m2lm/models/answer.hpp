@@ -47,6 +47,10 @@ class Answer {
   /// Chooses the next token from its logits [vocabulary], which are overwritten. May end the answer. throws as Sampler, and what
   /// `on_text` throws.
   std::int32_t next(std::span<float> logits, std::span<const std::int32_t> history, Rng& rng);
+  /// Takes a token that was chosen elsewhere, a device's sampler. Otherwise as `next`.
+  void accept(std::int32_t token);
+  std::int64_t tokens_left() const { return max_new_tokens_ - static_cast<std::int64_t>(result.tokens.size()); }
+  const SamplingOptions& sampling() const { return sampler_.options(); }
   /// Hands on the text that was held back.
   void end(FinishReason reason);
 

@@ -43,10 +43,15 @@ M2LM_IMPL void Answer::emit(std::string_view text) {
 
 M2LM_IMPL std::int32_t Answer::next(std::span<float> logits, std::span<const std::int32_t> history, Rng& rng) {
   const std::int32_t token = sampler_.sample(logits, history, rng);
+  accept(token);
+  return token;
+}
+
+M2LM_IMPL void Answer::accept(std::int32_t token) {
   result.tokens.push_back(token);
   if (matcher_.is_stop_token(token)) {
     end(FinishReason::stop_token);
-    return token;
+    return;
   }
   // A vocabulary may be padded, or leave ids out: those have no text.
   if (stream_ && tokenizer_->contains(token)) {
@@ -55,11 +60,10 @@ M2LM_IMPL std::int32_t Answer::next(std::span<float> logits, std::span<const std
     if (out.stopped) {
       result.finish_reason = FinishReason::stop_string;
       ended_ = true;
-      return token;
+      return;
     }
   }
-  if (static_cast<std::int64_t>(result.tokens.size()) >= max_new_tokens_) end(FinishReason::length);
-  return token;
+  if (tokens_left() <= 0) end(FinishReason::length);
 }
 
 M2LM_IMPL void Answer::end(FinishReason reason) {

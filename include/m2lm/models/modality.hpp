@@ -151,7 +151,7 @@ struct Modality {
           encoder.forward(ctx, x, features, out.pyramid);
         else
           encoder.forward(ctx, x, features);
-        out.embeddings = Tensor<S>(Shape{projector.output_tokens(tokens), hidden_size});
+        out.embeddings = make_tensor<S>(ctx.backend, Shape{projector.output_tokens(tokens), hidden_size});
         projector.forward(ctx, features, out.embeddings.template view<2>());
       }
       return out;

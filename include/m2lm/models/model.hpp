@@ -16,6 +16,7 @@
 #include <m2lm/models/save.hpp>
 #include <m2lm/models/sequence.hpp>
 #include <m2lm/models/session.hpp>
+#include <m2lm/ops/transfer.hpp>
 
 #include <algorithm>
 #include <memory>
@@ -104,6 +105,7 @@ class Model {
  public:
   using Backend = B;
   using Scalar = ScalarOf<B>;
+  using HostScalar = HostScalarOf<B>;
   using PromptType = Prompt<Component...>;
   using Session = BasicSession<Model>;
 
@@ -134,12 +136,12 @@ class Model {
   template <FixedString Name>
   std::int32_t placeholder_id() const;
   /// Logits of every position: [tokens, vocabulary].
-  Tensor<Scalar> logits(const PromptType& prompt) const;
+  Tensor<HostScalar> logits(const PromptType& prompt) const;
   /// The same for several prompts in one batch; bit-equal to one at a time. throws CapacityError for a prompt beyond the model's positions.
-  std::vector<Tensor<Scalar>> logits(std::span<const PromptType> prompts) const;
+  std::vector<Tensor<HostScalar>> logits(std::span<const PromptType> prompts) const;
   /// hidden_states[i] as transformers numbers them: 0 = embeddings, i = after block i, the last with the final norm. Only the
   /// listed ones, in that order; an empty list asks for all. Negative numbers count from the end.
-  std::vector<Tensor<Scalar>> hidden_states(const PromptType& prompt, std::span<const int> layers = {}) const;
+  std::vector<Tensor<HostScalar>> hidden_states(const PromptType& prompt, std::span<const int> layers = {}) const;
   /// A new session's answer.
   Generation generate(const PromptType& prompt, const GenerateOptions& options = {}) const;
   /// Answers several prompts together, of any lengths and with any media; each answer is bit-equal to that of the prompt alone (with the
@@ -224,7 +226,7 @@ class Model {
   std::vector<std::int32_t> prompt_ids(const PromptType& prompt, bool first = true, std::string_view answer = {}) const;
   std::vector<Score> score(const PromptType& prompt, std::optional<std::vector<std::int32_t>> ids,
                            std::span<const std::vector<std::int32_t>> continuations) const;
-  MediaPointer given_media(const AnyTensor& given, const detail::ComponentTokens& tokens) const;
+  MediaPointer given_media(Context<B>& ctx, const AnyTensor& given, const detail::ComponentTokens& tokens) const;
   template <class Component_, class Input>
   MediaPointer encode_media(Context<B>& ctx, const Component_& component, std::size_t index, const Input& input) const;
   Embedded embed_media(Context<B>& ctx, const PromptType& prompt, std::vector<std::int32_t> ids) const;
@@ -323,8 +325,8 @@ Model<B, P, D, C...> Model<B, P, D, C...>::load(detail::ModelFiles files, B back
     for (; counted < parameters.size(); ++counted) {
       const Shape& shape = parameters[counted].parameter->shape;
       // An embedding table is read where it lies; only as the head too it is packed.
-      if (parameters[counted].name == "model.embed_tokens.weight" && !state.decoder.config().tie_word_embeddings) continue;
-      const bool packed = shape.rank() >= 2 && std::is_same_v<Scalar, float> && !std::is_same_v<B, Reference<float>>;
+      if (HostBackend<B> && parameters[counted].name == "model.embed_tokens.weight" && !state.decoder.config().tie_word_embeddings) continue;
+      const bool packed = shape.rank() >= 2 && std::is_same_v<HostScalar, float> && !std::is_same_v<B, Reference<float>>;
       needed += static_cast<std::size_t>(shape.elements()) * (packed ? dtype_size(format_of(parameters[counted].name)) : sizeof(Scalar));
     }
   };
@@ -350,9 +352,14 @@ Model<B, P, D, C...> Model<B, P, D, C...>::load(detail::ModelFiles files, B back
     const std::string bad = detail::non_finite_values(parameters, state.files.checkpoint);
     require<CheckpointError>(bad.empty(), "m2lm: the checkpoint in ", directory, " holds weights that are not finite:", bad);
   }
-  detail::require_memory(directory, needed, options.memory_limit, precision.weights);
+  if constexpr (HostBackend<B>) {
+    detail::require_memory(directory, needed, options.memory_limit, precision.weights);
+  } else {
+    const std::size_t free = state.backend.memory().available();
+    detail::require_memory(directory, needed, options.memory_limit == 0 ? free : std::min(free, options.memory_limit), precision.weights);
+  }
 
-  Arena arena;
+  Arena arena(memory_of(state.backend));
   Context<B> ctx{state.backend, arena, &state.decoder.embed_tokens.weight.value};
   state.decoder.make_cache(ctx, model.cache_format(), 0);  // a format that the backend has not is said now
   const double share = components == 0 ? 1.0 : 0.8;
@@ -420,18 +427,22 @@ std::vector<std::int32_t> Model<B, P, D, C...>::prompt_ids(const PromptType& pro
 
 /// Embeddings that a prompt gives itself.
 template <class B, Precision P, class D, class... C>
-auto Model<B, P, D, C...>::given_media(const AnyTensor& given, const detail::ComponentTokens& tokens) const -> MediaPointer {
+auto Model<B, P, D, C...>::given_media([[maybe_unused]] Context<B>& ctx, const AnyTensor& given, const detail::ComponentTokens& tokens) const -> MediaPointer {
   const std::int64_t hidden = decoder_config().hidden_size;
   require<InputError>(tokens.insertion != InsertionKind::discrete_tokens, "m2lm: <", tokens.name, "> enters as token ids; embeddings cannot be attached to it");
   require<InputError>(given.has_value() && given.shape().rank() == 2 && given.shape()[1] == hidden, "m2lm: the embeddings attached to <", tokens.name, "> are ",
                       given.shape(), ", expected [tokens, ", hidden, "]");
   auto media = std::make_shared<detail::EncodedMedia<Scalar>>();
-  media->rows = given.template to<Scalar>();
-  const auto is_finite = [](Scalar x) { return x - x == Scalar(0); };
-  const std::span<const Scalar> values = media->rows.span();
+  Tensor<HostScalar> host = given.template to<HostScalar>();
+  const auto is_finite = [](HostScalar x) { return x - x == HostScalar(0); };
+  const std::span<const HostScalar> values = std::as_const(host).span();
   const auto bad = std::find_if_not(values.begin(), values.end(), is_finite) - values.begin();
   require<InputError>(bad == static_cast<std::ptrdiff_t>(values.size()), "m2lm: the embeddings attached to <", tokens.name, "> hold NaN or infinity in row ",
                       bad / std::max<std::int64_t>(1, hidden));
+  if constexpr (HostBackend<B>)
+    media->rows = std::move(host);
+  else
+    media->rows = ops::upload_tensor(ctx, AnyTensor(std::move(host)));
   ContentHash hash;
   hash_content(hash, given);
   media->key = hash.key();
@@ -471,7 +482,7 @@ auto Model<B, P, D, C...>::embed_media(Context<B>& ctx, const PromptType& prompt
     std::vector<MediaPointer> instances;
     for (const auto& attachment : std::get<index()>(prompt.attachments)) {
       if (const AnyTensor* given = std::get_if<1>(&attachment))
-        instances.push_back(given_media(*given, use.tokens));
+        instances.push_back(given_media(ctx, *given, use.tokens));
       else
         instances.push_back(encode_media(ctx, component, index(), std::get<0>(attachment)));
       const detail::EncodedMedia<Scalar>& media = *instances.back();
@@ -502,7 +513,7 @@ void Model<B, P, D, C...>::embed(Context<B>& ctx, const Embedded& embedded, std:
     text_until(from);
     const Tensor<Scalar>& rows = embedded.media[span.component][M2LM_FAULT(28) ? 0 : span.instance]->rows;
     const auto source = rows.template view<2>();
-    for (std::int64_t i = from; i < to; ++i) std::copy_n(source.row(i - span.begin), h.extent(1), h.row(i - begin));
+    ops::copy_rows(ctx, source.rows(from - span.begin, to - span.begin), h.rows(from - begin, to - begin));
     at = to;
   }
   text_until(end);
@@ -510,7 +521,7 @@ void Model<B, P, D, C...>::embed(Context<B>& ctx, const Embedded& embedded, std:
 
 template <class B, Precision P, class D, class... C>
 std::vector<std::int32_t> Model<B, P, D, C...>::input_ids(const PromptType& prompt) const {
-  Arena arena;
+  Arena arena(memory_of(state_->backend));
   Context<B> ctx = context(arena);
   return embed_media(ctx, prompt, prompt_ids(prompt)).sequence.ids;
 }
@@ -520,13 +531,15 @@ template <FixedString Name, class Input>
 auto Model<B, P, D, C...>::encode(const Input& input) const try {
   constexpr std::size_t index = detail::component_index<Name, C...>();
   static_assert(index < sizeof...(C), "m2lm::Model::encode<name>: this model has no component of that name");
-  Arena arena;
+  Arena arena(memory_of(state_->backend));
   Context<B> ctx = context(arena);
   ModalityOutput<Scalar> out = std::get<index>(state_->component).encode(ctx, input, decoder_config().hidden_size);
   if constexpr (std::tuple_element_t<index, std::tuple<C...>>::InsertionPolicy::kind == InsertionKind::discrete_tokens)
     return std::move(out.token_ids);
-  else
+  else if constexpr (HostBackend<B>)
     return std::move(out.embeddings);
+  else
+    return ops::download(ctx, std::as_const(out.embeddings).template view<2>());
 } catch (const std::bad_alloc&) {
   detail::throw_out_of_memory("encoding an input");
 }
@@ -540,13 +553,13 @@ std::int32_t Model<B, P, D, C...>::placeholder_id() const {
 }
 
 template <class B, Precision P, class D, class... C>
-auto Model<B, P, D, C...>::logits(const PromptType& prompt) const -> Tensor<Scalar> {
+auto Model<B, P, D, C...>::logits(const PromptType& prompt) const -> Tensor<HostScalar> {
   return std::move(logits(std::span<const PromptType>(&prompt, 1)).front());
 }
 
 template <class B, Precision P, class D, class... C>
-auto Model<B, P, D, C...>::logits(std::span<const PromptType> prompts) const -> std::vector<Tensor<Scalar>> try {
-  Arena arena;
+auto Model<B, P, D, C...>::logits(std::span<const PromptType> prompts) const -> std::vector<Tensor<HostScalar>> try {
+  Arena arena(memory_of(state_->backend));
   Context<B> ctx = context(arena);
   std::vector<Embedded> embedded;
   std::vector<KvCache<B>> caches;
@@ -573,10 +586,17 @@ auto Model<B, P, D, C...>::logits(std::span<const PromptType> prompts) const -> 
     row += count;
   }
   state_->decoder.forward(ctx, h, sequences);
-  std::vector<Tensor<Scalar>> out;
+  std::vector<Tensor<HostScalar>> out;
   for (const SequenceRows<B>& s : sequences) {
-    out.emplace_back(Shape{s.count, config.vocab_size});
-    state_->decoder.predict(ctx, h.rows(s.begin, s.begin + s.count), out.back().template view<2>());
+    if constexpr (HostBackend<B>) {
+      out.emplace_back(Shape{s.count, config.vocab_size});
+      state_->decoder.predict(ctx, h.rows(s.begin, s.begin + s.count), out.back().template view<2>());
+    } else {
+      const Arena::Scope logits_scope(arena);
+      const Matrix<AccumulatorOf<B>> logits = arena.matrix<AccumulatorOf<B>>(s.count, config.vocab_size);
+      state_->decoder.predict(ctx, h.rows(s.begin, s.begin + s.count), logits);
+      out.push_back(ops::download(ctx, Matrix<const AccumulatorOf<B>>(logits)));
+    }
   }
   state_->files.checkpoint.require_intact();
   return out;
@@ -585,8 +605,8 @@ auto Model<B, P, D, C...>::logits(std::span<const PromptType> prompts) const -> 
 }
 
 template <class B, Precision P, class D, class... C>
-auto Model<B, P, D, C...>::hidden_states(const PromptType& prompt, std::span<const int> layers) const -> std::vector<Tensor<Scalar>> try {
-  Arena arena;
+auto Model<B, P, D, C...>::hidden_states(const PromptType& prompt, std::span<const int> layers) const -> std::vector<Tensor<HostScalar>> try {
+  Arena arena(memory_of(state_->backend));
   Context<B> ctx = context(arena);
   const Embedded embedded = embed_media(ctx, prompt, prompt_ids(prompt));
   const auto tokens = static_cast<std::int64_t>(embedded.sequence.ids.size());
@@ -602,21 +622,25 @@ auto Model<B, P, D, C...>::hidden_states(const PromptType& prompt, std::span<con
     for (std::int64_t i = 0; i <= config.num_layers; ++i) wanted.push_back(i);
 
   KvCache<B> cache = state_->decoder.make_cache(ctx, cache_format(), tokens);
-  Tensor<Scalar> h(Shape{tokens, config.hidden_size});
+  Tensor<Scalar> h = make_tensor<Scalar>(state_->backend, Shape{tokens, config.hidden_size});
   embed(ctx, embedded, 0, h.template view<2>());
-  std::vector<Tensor<Scalar>> all(static_cast<std::size_t>(config.num_layers) + 1);
+  std::vector<Tensor<HostScalar>> all(static_cast<std::size_t>(config.num_layers) + 1);
   const std::vector<CrossInstance<Scalar>> media = embedded.cross_instances(0);
   const SequenceRows<B> rows{&cache, 0, tokens, media};
   state_->decoder.forward(ctx, h.template view<2>(), std::span<const SequenceRows<B>>(&rows, 1), [&](std::int64_t layer, Matrix<const Scalar> state) {
     if (std::find(wanted.begin(), wanted.end(), layer) == wanted.end()) return;
-    Tensor<Scalar>& copy = all[static_cast<std::size_t>(layer)];
-    copy = Tensor<Scalar>(Shape{state.extent(0), state.extent(1)});
-    for (std::int64_t i = 0; i < state.extent(0); ++i) std::copy_n(state.row(i), state.extent(1), copy.template view<2>().row(i));
-    if (layer == config.num_layers) state_->decoder.norm.forward(ctx, copy.template view<2>(), copy.template view<2>());
+    Matrix<const Scalar> shown = state;
+    const Arena::Scope scope(ctx.arena);
+    if (layer == config.num_layers) {
+      const Matrix<Scalar> normed = ctx.arena.template matrix<Scalar>(state.extent(0), state.extent(1));
+      state_->decoder.norm.forward(ctx, state, normed);
+      shown = normed;
+    }
+    all[static_cast<std::size_t>(layer)] = ops::download(ctx, shown);
   });
-  std::vector<Tensor<Scalar>> out;
+  std::vector<Tensor<HostScalar>> out;
   for (std::size_t i = 0; i < wanted.size(); ++i) {  // moved, unless the same is asked for again
-    Tensor<Scalar>& state = all[static_cast<std::size_t>(wanted[i])];
+    Tensor<HostScalar>& state = all[static_cast<std::size_t>(wanted[i])];
     const bool again = std::find(wanted.begin() + static_cast<std::ptrdiff_t>(i) + 1, wanted.end(), wanted[i]) != wanted.end();
     out.push_back(again ? state.clone() : std::move(state));
   }

@@ -6,6 +6,7 @@
 #include <m2lm/layers/kv_cache.hpp>
 #include <m2lm/models/answer.hpp>
 #include <m2lm/models/chat_template.hpp>
+#include <m2lm/models/device_decoding.hpp>
 #include <m2lm/models/generation.hpp>
 #include <m2lm/models/media_cache.hpp>
 #include <m2lm/models/prompt.hpp>
@@ -44,7 +45,7 @@ class BasicSession {
     ContentKey key{};
   };
   M model_;
-  Arena arena_;
+  Arena arena_{memory_of(model_.backend())};
   KvCache<B> cache_;
   Rng rng_;
   bool seeded_ = false;
@@ -53,6 +54,9 @@ class BasicSession {
   bool chatting_ = false;                // the cache begins with a rendered chat
   std::vector<CachedMedia> media_;       // at the cached positions, in their order
   std::vector<CrossInstance<S>> cross_;  // those of them that hooks of the decoder read
+  struct NoDeviceDecoding {};
+  using Decoding = typename std::conditional_t<HostBackend<B>, std::type_identity<NoDeviceDecoding>, std::type_identity<detail::DeviceDecoding<B>>>::type;
+  std::unique_ptr<Decoding> decoding_;  // of a device; kept, so that its recorded steps stay good
 
   /// Puts a session back where it stood, unless `done`.
   struct Restore {
@@ -77,7 +81,10 @@ class BasicSession {
     }
     ~Restore() {
       if (done) return;
-      session.cache_.truncate(length);
+      try {
+        session.cache_.truncate(length);
+      } catch (const DeviceError&) {  // a device that has failed says so at the next call, too
+      }
       session.history_.resize(ids);
       session.media_.resize(media);
       session.cross_.resize(cross);
@@ -136,6 +143,9 @@ class BasicSession {
   static void prepare(Turn& turn, bool whole);
   static Tensor<S> prefill(Turns& turns);
   static std::vector<Generation> answer(Turns& turns, const GenerateOptions& options, FunctionRef<void(std::size_t, std::string_view)> on_text = {});
+  struct Answering;
+  static void decode(Answering& a, Tensor<S> hidden);
+  static void decode_on_device(Answering& a, const Tensor<S>& hidden);
   static std::vector<Score> score(Turns& turns, std::span<const std::vector<std::int32_t>> continuations);
 };
 
@@ -155,7 +165,7 @@ BasicSession<M>::BasicSession(M model, const SessionOptions& options) try : mode
 
 template <class M>
 BasicSession<M> BasicSession<M>::fork() const try {
-  Arena arena;
+  Arena arena(memory_of(model_.backend()));
   Context<B> ctx{model_.backend(), arena};
   BasicSession out(model_, cache_.fork(ctx, cache_.capacity()));
   out.rng_ = rng_;
@@ -251,7 +261,7 @@ auto BasicSession<M>::prefill(Turns& turns) -> Tensor<S> {
   };
   std::vector<Part> parts;
   std::vector<SequenceRows<B>> rows;
-  Tensor<S> last(Shape{static_cast<std::int64_t>(turns.size()), hidden});
+  Tensor<S> last = make_tensor<S>(model.backend(), Shape{static_cast<std::int64_t>(turns.size()), hidden});
   std::int64_t from = turns[0]->kept;
   for (std::size_t t = 0; t < turns.size();) {
     parts.clear();
@@ -272,7 +282,8 @@ auto BasicSession<M>::prefill(Turns& turns) -> Tensor<S> {
     state.decoder.forward(ctx, h, rows);
     for (std::size_t i = 0; i < parts.size(); ++i)
       if (parts[i].from + parts[i].count == turns[parts[i].turn]->tokens())
-        std::copy_n(h.row(rows[i].begin + parts[i].count - 1), hidden, last.data() + static_cast<std::int64_t>(parts[i].turn) * hidden);
+        ops::copy_rows(ctx, Matrix<const S>(h).rows(rows[i].begin + parts[i].count - 1, rows[i].begin + parts[i].count),
+                       last.template view<2>().rows(static_cast<std::int64_t>(parts[i].turn), static_cast<std::int64_t>(parts[i].turn) + 1));
   }
   for (const auto& turn : turns) {
     BasicSession& s = turn->session;
@@ -283,6 +294,46 @@ auto BasicSession<M>::prefill(Turns& turns) -> Tensor<S> {
   return last;
 }
 
+/// Answers on their way.
+template <class M>
+struct BasicSession<M>::Answering {
+  using Clock = std::chrono::steady_clock;
+  Turns& turns;
+  const GenerateOptions& options;
+  const M& model = turns[0]->session.model_;
+  Arena& arena = turns[0]->session.arena_;
+  Context<B> ctx{model.backend(), arena, &model.state_->decoder.embed_tokens.weight.value};
+  std::vector<std::unique_ptr<detail::Answer>> answers{};
+  std::vector<std::size_t> active{};  // turns whose answers go on; row r of a batch is of turn active[r]
+
+  BasicSession& session(std::size_t turn) const { return turns[turn]->session; }
+  std::int64_t count() const { return static_cast<std::int64_t>(active.size()); }
+  void drop_ended() {
+    std::erase_if(active, [&](std::size_t i) -> bool { return answers[i]->ended(); });
+  }
+  /// Ends all answers if the caller wants no more of them.
+  bool cancelled() {
+    if (!options.cancel || !options.cancel->load()) return false;
+    for (const std::size_t i : active) answers[i]->end(FinishReason::cancelled);
+    return true;
+  }
+  void require_room(const BasicSession& s) const {
+    require<CapacityError>(s.cache_.length() < s.cache_.capacity(), "m2lm: the answer needs ", s.cache_.length() + 1, " positions, the context holds ",
+                           s.cache_.capacity());
+  }
+  /// The token chosen last has gone through the decoder.
+  void count_step(std::size_t turn) {
+    BasicSession& s = session(turn);
+    s.history_.push_back(s.pending_.front());
+    s.pending_.clear();
+    ++answers[turn]->result.timings.decode_tokens;
+  }
+  SequenceRows<B> row_of(std::size_t turn, std::int64_t row) const {
+    BasicSession& s = session(turn);
+    return {&s.cache_, row, 1, M2LM_FAULT(62) ? std::span<const CrossInstance<S>>() : s.cross_};
+  }
+};
+
 /// Prefills the prepared turns and answers them together: one step of the decoder gives the next token of all that go on. Each answer
 /// is the same as alone.
 template <class M>
@@ -290,11 +341,9 @@ std::vector<Generation> BasicSession<M>::answer(Turns& turns, const GenerateOpti
                                                 FunctionRef<void(std::size_t, std::string_view)> on_text) {
   using Clock = std::chrono::steady_clock;
   const auto seconds_since = [](Clock::time_point start) { return std::chrono::duration<double>(Clock::now() - start).count(); };
-  const M& model = turns[0]->session.model_;
+  Answering a{.turns = turns, .options = options};
+  const M& model = a.model;
   const auto& state = *model.state_;
-  const LlamaConfig& config = model.decoder_config();
-  Arena& arena = turns[0]->session.arena_;
-  Context<B> ctx{model.backend(), arena, &state.decoder.embed_tokens.weight.value};
 
   // All memory that the answers need is taken before they begin; the context bounds it.
   struct Stream {
@@ -304,7 +353,6 @@ std::vector<Generation> BasicSession<M>::answer(Turns& turns, const GenerateOpti
   };
   std::vector<Stream> streams;
   for (std::size_t i = 0; i < turns.size(); ++i) streams.push_back({on_text, i});
-  std::vector<std::unique_ptr<detail::Answer>> answers;
   for (std::size_t i = 0; i < turns.size(); ++i) {
     BasicSession& s = turns[i]->session;
     if (!s.seeded_ || options.seed != 0) s.rng_ = Rng(options.seed);
@@ -312,88 +360,187 @@ std::vector<Generation> BasicSession<M>::answer(Turns& turns, const GenerateOpti
     const std::int64_t room = s.cache_.capacity() - s.cache_.length() - (turns[i]->tokens() - turns[i]->kept);
     std::span<const std::string_view> stop_strings;
     if (turns[i]->prompt.form == PromptForm::chat) stop_strings = model.template_of(turns[i]->prompt).stop_strings;
-    answers.push_back(std::make_unique<detail::Answer>(options, detail::AnswerContext{.vocab_size = config.vocab_size, .room = room,
-                                                        .tokenizer = state.files.tokenizer ? &*state.files.tokenizer : nullptr,
-                                                        .stop_tokens = state.files.stop_tokens, .stop_strings = stop_strings,
-                                                        .on_text = on_text ? FunctionRef<void(std::string_view)>(streams[i]) : options.on_text}));
+    a.answers.push_back(std::make_unique<detail::Answer>(options, detail::AnswerContext{.vocab_size = model.decoder_config().vocab_size, .room = room,
+                                                          .tokenizer = state.files.tokenizer ? &*state.files.tokenizer : nullptr,
+                                                          .stop_tokens = state.files.stop_tokens, .stop_strings = stop_strings,
+                                                          .on_text = on_text ? FunctionRef<void(std::string_view)>(streams[i]) : options.on_text}));
     s.history_.reserve(s.history_.size() + static_cast<std::size_t>(turns[i]->tokens() + std::min(options.max_new_tokens, room + 1)));
-    answers.back()->result.timings.encode_seconds = turns[i]->encode_seconds;
-    answers.back()->result.timings.prefill_tokens = turns[i]->tokens() - turns[i]->kept;
+    a.answers.back()->result.timings.encode_seconds = turns[i]->encode_seconds;
+    a.answers.back()->result.timings.prefill_tokens = turns[i]->tokens() - turns[i]->kept;
+    a.active.push_back(i);
   }
   auto start = Clock::now();
   Tensor<S> hidden = prefill(turns);
+  if constexpr (!HostBackend<B>) model.backend().synchronize();
   const double prefill_seconds = seconds_since(start);
   for (std::size_t i = 0; i < turns.size(); ++i) {
     turns[i]->session.pending_.reserve(1);
-    answers[i]->result.timings.prefill_seconds = prefill_seconds;
+    a.answers[i]->result.timings.prefill_seconds = prefill_seconds;
   }
-
-  std::vector<std::size_t> active;  // turns whose answers go on; row r of `hidden` is of turn active[r]
-  for (std::size_t i = 0; i < turns.size(); ++i) active.push_back(i);
-  std::vector<SequenceRows<B>> rows;
-  rows.reserve(turns.size());
-  std::vector<std::int32_t> ids;
-  ids.reserve(turns.size());
-  Tensor<S> logits(Shape{static_cast<std::int64_t>(turns.size()), config.vocab_size});
-  Tensor<float> narrow(Shape{std::is_same_v<S, float> ? 0 : config.vocab_size});
-  const auto count = [&] { return static_cast<std::int64_t>(active.size()); };
-  // Those that have ended leave; the rows of `hidden` are written anew before the next step reads them.
-  const auto drop_ended = [&] { std::erase_if(active, [&](std::size_t i) -> bool { return answers[i]->ended(); }); };
   start = Clock::now();
-  drop_ended();  // no token was asked for
-  for (bool first = true; !active.empty(); first = false) {
-    if (options.cancel && options.cancel->load()) {
-      for (const std::size_t i : active) answers[i]->end(FinishReason::cancelled);
-      break;
-    }
-    if (!first) {  // feed the tokens chosen last
-      rows.clear();
-      ids.clear();
-      for (const std::size_t i : active) {
-        BasicSession& s = turns[i]->session;
-        require<CapacityError>(s.cache_.length() < s.cache_.capacity(), "m2lm: the answer needs ", s.cache_.length() + 1, " positions, the context holds ",
-                               s.cache_.capacity());
-        rows.push_back({&s.cache_, static_cast<std::int64_t>(rows.size()), 1, M2LM_FAULT(62) ? std::span<const CrossInstance<S>>() : s.cross_});
-        ids.push_back(s.pending_.front());
-      }
-      const Matrix<S> h = hidden.template view<2>().rows(0, count());
-      state.decoder.embed_tokens.forward(ctx, ids, h);
-      state.decoder.forward(ctx, h, rows);
-      for (const std::size_t i : active) {
-        BasicSession& s = turns[i]->session;
-        s.history_.push_back(s.pending_.front());
-        s.pending_.clear();
-        ++answers[i]->result.timings.decode_tokens;
-      }
-    }
-    state.decoder.predict(ctx, hidden.template view<2>().rows(0, count()), logits.template view<2>().rows(0, count()));
-    state.files.checkpoint.require_intact();  // embeddings are read from the file
-    for (std::int64_t r = 0; r < count(); ++r) {
-      const std::size_t i = active[static_cast<std::size_t>(r)];
-      S* row = logits.data() + r * config.vocab_size;
-      std::span<float> processed;  // the sampler overwrites it
-      if constexpr (std::is_same_v<S, float>) {
-        processed = {row, static_cast<std::size_t>(config.vocab_size)};
-      } else {
-        for (std::int64_t j = 0; j < config.vocab_size; ++j) narrow.data()[j] = static_cast<float>(row[j]);
-        processed = narrow.span();
-      }
-      BasicSession& s = turns[i]->session;
-      try {
-        s.pending_.push_back(answers[i]->next(processed, s.history_, s.rng_));
-      } catch (const NumericError& error) {
-        throw NumericError(error.what() + model.non_finite_weights());
-      }
-    }
-    drop_ended();
-  }
+  a.drop_ended();  // no token was asked for
+  if constexpr (HostBackend<B>)
+    decode(a, std::move(hidden));
+  else
+    decode_on_device(a, hidden);
   std::vector<Generation> out;
   for (std::size_t i = 0; i < turns.size(); ++i) {
-    answers[i]->result.timings.decode_seconds = seconds_since(start);
-    out.push_back(std::move(answers[i]->result));
+    a.answers[i]->result.timings.decode_seconds = seconds_since(start);
+    out.push_back(std::move(a.answers[i]->result));
     turns[i]->restore.done = true;
   }
   return out;
+}
+
+/// Chooses tokens from the last hidden states of all turns, and feeds them, until all answers have ended.
+template <class M>
+void BasicSession<M>::decode(Answering& a, Tensor<S> hidden) {
+  const auto& state = *a.model.state_;
+  const std::int64_t vocab = a.model.decoder_config().vocab_size;
+  const auto turns = static_cast<std::int64_t>(a.turns.size());
+  std::vector<SequenceRows<B>> rows;
+  rows.reserve(a.turns.size());
+  std::vector<std::int32_t> ids;
+  ids.reserve(a.turns.size());
+  Tensor<S> logits(Shape{turns, vocab});
+  Tensor<float> narrow(Shape{std::is_same_v<S, float> ? 0 : vocab});
+  // The rows of `hidden` are written anew before the next step reads them.
+  for (bool first = true; !a.active.empty(); first = false) {
+    if (a.cancelled()) break;
+    if (!first) {  // feed the tokens chosen last
+      rows.clear();
+      ids.clear();
+      for (const std::size_t i : a.active) {
+        BasicSession& s = a.session(i);
+        a.require_room(s);
+        rows.push_back(a.row_of(i, static_cast<std::int64_t>(rows.size())));
+        ids.push_back(s.pending_.front());
+      }
+      const Matrix<S> h = hidden.template view<2>().rows(0, a.count());
+      state.decoder.embed_tokens.forward(a.ctx, ids, h);
+      state.decoder.forward(a.ctx, h, rows);
+      for (const std::size_t i : a.active) a.count_step(i);
+    }
+    state.decoder.predict(a.ctx, hidden.template view<2>().rows(0, a.count()), logits.template view<2>().rows(0, a.count()));
+    state.files.checkpoint.require_intact();  // embeddings are read from the file
+    for (std::int64_t r = 0; r < a.count(); ++r) {
+      const std::size_t i = a.active[static_cast<std::size_t>(r)];
+      S* row = logits.data() + r * vocab;
+      std::span<float> processed;  // the sampler overwrites it
+      if constexpr (std::is_same_v<S, float>) {
+        processed = {row, static_cast<std::size_t>(vocab)};
+      } else {
+        for (std::int64_t j = 0; j < vocab; ++j) narrow.data()[j] = static_cast<float>(row[j]);
+        processed = narrow.span();
+      }
+      BasicSession& s = a.session(i);
+      try {
+        s.pending_.push_back(a.answers[i]->next(processed, s.history_, s.rng_));
+      } catch (const NumericError& error) {
+        throw NumericError(error.what() + a.model.non_finite_weights());
+      }
+    }
+    a.drop_ended();
+  }
+}
+
+/// The same where the device chooses the tokens. While a token travels to the host, the next step is computed already; it is forgotten
+/// if the token turns out to be the last.
+template <class M>
+void BasicSession<M>::decode_on_device(Answering& a, const Tensor<S>& hidden) {
+  if (a.active.empty()) return;
+  const M& model = a.model;
+  const auto& state = *model.state_;
+  std::unique_ptr<Decoding>& decoding = a.turns[0]->session.decoding_;
+  if (!decoding || decoding->rows() < a.count())
+    decoding = std::make_unique<Decoding>(a.ctx, a.count(), model.decoder_config().hidden_size, model.decoder_config().vocab_size);
+  Decoding& d = *decoding;
+  std::vector<SequenceRows<B>> rows;
+  std::vector<detail::DeviceRow> samplers;
+  std::vector<std::int32_t> ids;
+  std::vector<std::vector<std::int32_t>> histories(a.turns.size());
+
+  const auto begin = [&] {
+    samplers.clear();
+    for (const std::size_t i : a.active) {
+      const BasicSession& s = a.session(i);
+      histories[i] = s.history_;
+      histories[i].insert(histories[i].end(), s.pending_.begin(), s.pending_.end());
+      samplers.push_back({&a.answers[i]->sampling(), &s.rng_, histories[i]});
+    }
+    d.begin(a.ctx, samplers);
+  };
+  const auto choose = [&] {
+    const Arena::Scope scope(a.arena);
+    state.decoder.predict(a.ctx, Matrix<const S>(d.hidden(a.count())), d.logits(a.count()));
+    d.choose(a.ctx, a.count());
+  };
+  // Feeds the tokens that were chosen last and chooses the next.
+  const auto step = [&] {
+    rows.clear();
+    std::int64_t keys = 0;
+    ops::StepKey key = d.key(a.count());
+    std::uint64_t caches = 0;
+    for (const std::size_t i : a.active) {
+      const BasicSession& s = a.session(i);
+      a.require_room(s);
+      rows.push_back(a.row_of(i, static_cast<std::int64_t>(rows.size())));
+      keys = std::max(keys, s.cache_.length() + 1);
+      caches = caches * 0x9E3779B97F4A7C15U + s.cache_.number();
+    }
+    key.words[3] = caches;
+    key.words[4] = static_cast<std::uint64_t>(B::key_bucket(keys));
+    key.words[5] = a.arena.generation();
+    const bool called = ops::replay(a.ctx, key, [&] {
+      const Matrix<S> h = d.hidden(a.count());
+      state.decoder.embed_tokens.forward(a.ctx, d.ids(a.count()), h);
+      state.decoder.forward(a.ctx, h, rows);
+      choose();
+    });
+    if (!called)
+      for (const std::size_t i : a.active) a.session(i).cache_.count_repeated(1);
+    d.post(a.ctx, a.count());
+  };
+
+  for (std::int64_t r = 0; r < a.count(); ++r) {
+    const auto from = static_cast<std::int64_t>(a.active[static_cast<std::size_t>(r)]);
+    ops::copy_rows(a.ctx, hidden.template view<2>().rows(from, from + 1), d.hidden(a.count()).rows(r, r + 1));
+  }
+  begin();
+  choose();
+  d.post(a.ctx, a.count());
+  for (;;) {
+    if (a.cancelled()) break;
+    bool ahead = true;
+    for (const std::size_t i : a.active) ahead = ahead && a.answers[i]->tokens_left() > 1 && a.session(i).cache_.length() < a.session(i).cache_.capacity();
+    if (ahead) step();
+    const std::span<const std::int32_t> chosen = d.read();
+    for (std::int64_t r = 0; r < a.count(); ++r) {
+      const std::size_t i = a.active[static_cast<std::size_t>(r)];
+      BasicSession& s = a.session(i);
+      const std::int32_t token = chosen[static_cast<std::size_t>(r)];
+      if (token < 0) throw NumericError("m2lm: the logits hold NaN or infinity" + model.non_finite_weights());
+      if (a.answers[i]->sampling().temperature != 0) s.rng_.next();  // as the device did
+      s.pending_.push_back(token);
+      a.answers[i]->accept(token);
+    }
+    const std::size_t before = a.active.size();
+    const std::vector<std::size_t> stepped = a.active;
+    a.drop_ended();
+    if (ahead && a.active.size() == before) {
+      for (const std::size_t i : a.active) a.count_step(i);
+      continue;
+    }
+    if (ahead)  // computed for rows that are no longer the same
+      for (const std::size_t i : stepped) a.session(i).cache_.truncate(a.session(i).cache_.length() - 1);
+    if (a.active.empty()) break;
+    ids.clear();
+    for (const std::size_t i : a.active) ids.push_back(a.session(i).pending_.front());
+    begin();
+    d.feed(a.ctx, ids);
+    step();
+    for (const std::size_t i : a.active) a.count_step(i);
+  }
 }
 
 template <class M>
@@ -437,7 +584,8 @@ std::vector<Score> BasicSession<M>::score(Turns& turns, std::span<const std::vec
   const Tensor<S> last = prefill(turns);
 
   // log P of a token in a row of logits, and whether greedy decoding would choose it.
-  const auto add = [&](Score& score, const S* row, std::int32_t token) {
+  using Host = typename M::HostScalar;
+  const auto add = [&](Score& score, const Host* row, std::int32_t token) {
     double largest = static_cast<double>(row[0]), sum = 0;
     for (std::int64_t j = 0; j < config.vocab_size; ++j) largest = std::max(largest, static_cast<double>(row[j]));
     for (std::int64_t j = 0; j < config.vocab_size; ++j) sum += std::exp(static_cast<double>(row[j]) - largest);
@@ -449,8 +597,13 @@ std::vector<Score> BasicSession<M>::score(Turns& turns, std::span<const std::vec
   };
   std::vector<Score> out(continuations.size());
   constexpr std::int64_t piece = 16;  // rows of logits at a time
-  Tensor<S> first(Shape{1, config.vocab_size}), logits(Shape{piece, config.vocab_size});
-  state.decoder.predict(ctx, last.template view<2>(), first.template view<2>());
+  const auto predict = [&](Matrix<const S> h) {
+    const Arena::Scope scope(arena);
+    const Matrix<AccumulatorOf<B>> logits = arena.matrix<AccumulatorOf<B>>(h.extent(0), config.vocab_size);
+    state.decoder.predict(ctx, h, logits);
+    return ops::download(ctx, Matrix<const AccumulatorOf<B>>(logits));
+  };
+  const Tensor<Host> first = predict(last.template view<2>());
   for (std::size_t i = 0; i < continuations.size(); ++i) {
     const std::span<const std::int32_t> ids = continuations[i];
     if (ids.empty()) continue;
@@ -465,7 +618,7 @@ std::vector<Score> BasicSession<M>::score(Turns& turns, std::span<const std::vec
     session.cache_.truncate(length);  // the next continuation stands in the same place
     for (std::int64_t begin = 0; begin < rest; begin += piece) {
       const std::int64_t count = std::min(piece, rest - begin);
-      state.decoder.predict(ctx, h.rows(begin, begin + count), logits.template view<2>().rows(0, count));
+      const Tensor<Host> logits = predict(h.rows(begin, begin + count));
       for (std::int64_t t = 0; t < count; ++t) add(out[i], logits.data() + t * config.vocab_size, ids[static_cast<std::size_t>(begin + t) + 1]);
     }
   }

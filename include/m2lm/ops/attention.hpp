@@ -3,6 +3,7 @@
 #pragma once
 
 #include <m2lm/ops/op.hpp>
+#include <m2lm/ops/rope.hpp>
 
 namespace m2lm {
 
@@ -14,6 +15,9 @@ struct KeyValues {
   std::int64_t capacity = 0;  ///< keys that fit
   std::byte* keys = nullptr;
   std::byte* values = nullptr;
+  /// In a device's memory: how many positions are stored, which is where the next ones go; null: `first` of a call says it. Kernels
+  /// read it there, so that a recorded step can be repeated.
+  const OnDevice<std::int32_t>* length = nullptr;
 };
 
 /// Bytes of `keys` and of `values` (the two are equal), as a backend lays them out.
@@ -41,6 +45,9 @@ namespace ops {
 struct PlanKeyValues;
 struct AppendKeyValues;
 struct CopyKeyValues;
+struct AddToLength;
+struct SetLength;
+struct RopeAppend;
 struct Attention;
 struct AttentionBackward;
 
@@ -59,6 +66,23 @@ void append_key_values(Context<B>& ctx, Matrix<const ScalarOf<B>> k, Matrix<cons
   require<CapacityError>(first >= 0 && first + k.extent(0) <= kv.capacity, "m2lm::ops::append_key_values: positions ", first, " to ",
                          first + k.extent(0), " do not fit in ", kv.capacity);
   if (k.elements() != 0) Impl<AppendKeyValues, B>::run(ctx, k, v, first, kv);
+}
+
+/// A backend that rotates queries and keys and stores keys and values in one go.
+template <class B>
+concept FusesRopeAppend = !HostBackend<B>;
+
+/// rope of the heads·head_dim columns of q and the kv_heads·head_dim columns of k behind them, then append_key_values of k and of v, the
+/// columns that follow. requires qkv [tokens, (heads + 2·kv_heads)·head_dim], cos and sin [tokens, head_dim/2].
+template <FusesRopeAppend B>
+void rope_append(Context<B>& ctx, Matrix<ScalarOf<B>> qkv, std::int64_t heads, Matrix<const AccumulatorOf<B>> cos, Matrix<const AccumulatorOf<B>> sin,
+                 std::int64_t first, const KeyValues& kv) {
+  require(qkv.extent(1) == (heads + 2 * kv.kv_heads) * kv.head_dim && kv.head_dim % 2 == 0 && cos.extent(0) == qkv.extent(0) && sin.shape() == cos.shape() &&
+              cos.extent(1) * 2 == kv.head_dim,
+          "m2lm::ops::rope_append: qkv is ", qkv.shape(), ", cos ", cos.shape(), " for ", heads, " and ", kv.kv_heads, " heads of ", kv.head_dim);
+  require<CapacityError>(first >= 0 && first + qkv.extent(0) <= kv.capacity, "m2lm::ops::rope_append: positions ", first, " to ", first + qkv.extent(0),
+                         " do not fit in ", kv.capacity);
+  if (qkv.elements() != 0) Impl<RopeAppend, B>::run(ctx, qkv, heads, cos, sin, first, kv);
 }
 
 /// Copies the keys and values of positions [0, count). requires equal heads, head_dim and format, and room for them.

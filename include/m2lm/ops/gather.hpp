@@ -13,14 +13,27 @@ struct Patchify;
 struct AddRows;
 struct ScatterAddRows;
 
+/// throws InputError for an id outside a table of `rows` rows.
+inline void require_ids(std::span<const std::int32_t> ids, std::int64_t rows) {
+  for (const std::int32_t id : ids) require<InputError>(id >= 0 && id < rows, "m2lm: token id ", id, " is outside the embedding table of ", rows, " rows");
+}
+
 /// y[i] = table[ids[i]]. requires table [rows, n] of a floating dtype, y [ids, n]. throws InputError for an id outside the table.
 template <class B>
 void gather_rows(Context<B>& ctx, const AnyTensor& table, std::span<const std::int32_t> ids, Matrix<ScalarOf<B>> y) {
   require(table.shape().rank() == 2 && y.extent(0) == static_cast<std::int64_t>(ids.size()) && y.extent(1) == table.shape()[1],
           "m2lm::ops::gather_rows: table ", table.shape(), ", ", ids.size(), " ids, y ", y.shape());
-  for (const std::int32_t id : ids)
-    require<InputError>(id >= 0 && id < table.shape()[0], "m2lm: token id ", id, " is outside the embedding table of ", table.shape()[0], " rows");
+  require_ids(ids, table.shape()[0]);
   Impl<GatherRows, B>::run(ctx, table, ids, y);
+}
+
+/// The same on a device, from a table and ids that lie there. An id outside the table gives a row of NaN.
+template <class B>
+  requires(!HostBackend<B>)
+void gather_rows(Context<B>& ctx, Matrix<const ScalarOf<B>> table, Vector<const OnDevice<std::int32_t>> ids, Matrix<ScalarOf<B>> y) {
+  require(y.extent(0) == ids.extent(0) && y.extent(1) == table.extent(1), "m2lm::ops::gather_rows: table ", table.shape(), ", ", ids.extent(0), " ids, y ",
+          y.shape());
+  if (y.elements() != 0) Impl<GatherRows, B>::run(ctx, table, ids, y);
 }
 
 /// Cuts pixels [channels, height, width] into patches: y[row·columns + column] = the patch, channel-major (as the weight of a
@@ -47,8 +60,7 @@ template <class B>
 void scatter_add_rows(Context<B>& ctx, Matrix<const ScalarOf<B>> rows, std::span<const std::int32_t> ids, Matrix<ScalarOf<B>> table) {
   require(rows.extent(0) == static_cast<std::int64_t>(ids.size()) && rows.extent(1) == table.extent(1), "m2lm::ops::scatter_add_rows: table ",
           table.shape(), ", ", ids.size(), " ids, rows ", rows.shape());
-  for (const std::int32_t id : ids)
-    require<InputError>(id >= 0 && id < table.extent(0), "m2lm: token id ", id, " is outside the embedding table of ", table.extent(0), " rows");
+  require_ids(ids, table.extent(0));
   Impl<ScatterAddRows, B>::run(ctx, rows, ids, table);
 }
 

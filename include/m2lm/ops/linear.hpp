@@ -62,6 +62,15 @@ void linear(Context<B>& ctx, Matrix<const ScalarOf<B>> x, const PackedMatrix& w,
   Impl<Linear, B>::run(ctx, x, w, epilogue, y);
 }
 
+/// The same with the sums as they are, not rounded to the scalar of a device: logits. No epilogue.
+template <class B>
+  requires(!std::is_same_v<ScalarOf<B>, AccumulatorOf<B>>)
+void linear(Context<B>& ctx, Matrix<const ScalarOf<B>> x, const PackedMatrix& w, Matrix<AccumulatorOf<B>> y) {
+  require(x.extent(1) == w.cols && !w.gated, "m2lm::ops::linear: x is ", x.shape(), ", the weight takes ", w.cols, " inputs");
+  require(y.extent(0) == x.extent(0) && y.extent(1) == w.rows, "m2lm::ops::linear: y is ", y.shape(), ", expected ", Shape{x.extent(0), w.rows});
+  if (y.elements() != 0) Impl<Linear, B>::run(ctx, x, w, y);
+}
+
 /// dx = dy·w, or dx += dy·w: the gradient of the input of y = x·wᵀ. w is packed in any format the backend has, so a frozen and
 /// quantised weight passes gradients on too. requires dy [m,n], w [n,k] not gated, dx [m,k]; no aliases; rows may be strided.
 /// ensures bits that do not depend on m or threads.

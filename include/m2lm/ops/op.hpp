@@ -9,6 +9,68 @@
 
 namespace m2lm {
 
+/// The scalar of a backend's activations: float on Cpu, T on Reference<T>, OnDevice<E> on a device.
+template <class B>
+using ScalarOf = typename B::Scalar;
+
+/// Whether a backend's activations lie in the host's memory.
+template <class B>
+concept HostBackend = HostElement<ScalarOf<B>>;
+
+namespace detail {
+template <class B>
+struct HostScalar {
+  using type = ScalarOf<B>;
+};
+template <class B>
+  requires(!HostBackend<B>)
+struct HostScalar<B> {
+  using type = float;
+};
+}  // namespace detail
+
+/// What the host sees of a backend's values, and what sums, logits and angles are kept in: ScalarOf<B> itself, or float on a device.
+template <class B>
+using HostScalarOf = typename detail::HostScalar<B>::type;
+
+/// A T where the backend's kernels can reach it.
+template <class B, class T>
+using ElementOf = std::conditional_t<HostBackend<B>, T, OnDevice<T>>;
+
+/// An element of logits and of rotary angles.
+template <class B>
+using AccumulatorOf = ElementOf<B, HostScalarOf<B>>;
+
+/// The memory of a backend's device; null where it computes in the host's.
+template <class B>
+MemoryResource* memory_of(const B& backend) {
+  if constexpr (HostBackend<B>)
+    return nullptr;
+  else
+    return &backend.memory();
+}
+
+/// Zeros, where the backend computes.
+template <class T, class B>
+Tensor<T> make_tensor([[maybe_unused]] const B& backend, const Shape& shape) {
+  if constexpr (HostElement<T>)
+    return Tensor<T>(shape);
+  else
+    return Tensor<T>(shape, backend.memory());
+}
+
+namespace ops {
+
+struct CopyRows;
+
+/// A backend specialises Impl<Op, Backend> with `static … run(Context<Backend>&, …)` for each op it has.
+template <class Op, class B>
+struct Impl {
+  static_assert(dependent_false<B>, "m2lm: this backend has no implementation of this op (is <m2lm/backends/...> included?)");
+};
+
+}  // namespace ops
+
 /// What a forward pass runs in: the backend, scratch memory, and the decoder's embedding table for the parts that look at it
 /// (alignment attention, visual words). A session owns the arena. Training gives a tape too: what is prepared in a context with a
 /// tape is packed for training, and a forward pass that is given a `Saved` keeps there what its backward pass needs.
@@ -26,10 +88,13 @@ struct Context {
   }
   /// h itself, or, if it will be wanted after the next layer has changed it in place, a copy on the tape.
   template <class T>
-  Matrix<const T> keep(Matrix<T> h, bool saved) const {
+  Matrix<const T> keep(Matrix<T> h, bool saved) {
     if (!saved) return h;
     const Matrix<T> copy = storage(true).template matrix<T>(h.extent(0), h.extent(1));
-    copy_rows(Matrix<const T>(h), copy);
+    if constexpr (HostElement<T>)
+      copy_rows(Matrix<const T>(h), copy);
+    else
+      ops::Impl<ops::CopyRows, B>::run(*this, Matrix<const T>(h), copy);
     return copy;
   }
 };
@@ -42,17 +107,4 @@ struct NoParameters {
   void prepare(Context<B>&, DType) {}
 };
 
-/// The scalar of a backend's activations: float on Cpu and Cuda, T on Reference<T>.
-template <class B>
-using ScalarOf = typename B::Scalar;
-
-namespace ops {
-
-/// A backend specialises Impl<Op, Backend> with `static … run(Context<Backend>&, …)` for each op it has.
-template <class Op, class B>
-struct Impl {
-  static_assert(dependent_false<B>, "m2lm: this backend has no implementation of this op (is <m2lm/backends/...> included?)");
-};
-
-}  // namespace ops
 }  // namespace m2lm

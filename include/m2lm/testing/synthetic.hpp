@@ -51,7 +51,6 @@ namespace detail {
 /// A backend of parts that are only listed, never run.
 struct Unused {
   using Scalar = float;
-  using Memory = HostMemory;
 };
 
 /// Value of all elements of a parameter: 1 + noise for norms, noise for the rest, scaled so that activations keep their size.

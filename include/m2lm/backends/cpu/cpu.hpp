@@ -35,7 +35,6 @@ class Cpu {
 
  public:
   using Scalar = float;
-  using Memory = HostMemory;
 
   Cpu() : Cpu(CpuOptions{}) {}
   /// throws OptionError for a number of threads below 0 or above 1024.

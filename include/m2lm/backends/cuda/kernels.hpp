@@ -8,6 +8,7 @@
 #include <m2lm/core/packed.hpp>
 #include <m2lm/ops/attention.hpp>
 #include <m2lm/ops/linear.hpp>
+#include <m2lm/ops/sample.hpp>
 
 #include <cstddef>
 #include <cstdint>
@@ -90,16 +91,9 @@ void attention(Device& device, Matrix<const E> q, const KeyValues& kv, Position 
 
 // ---- sampling.cuh -----------------------------------------------------------------------------------------------------------
 
-/// One row's state, in device memory.
-struct SamplerRow {
-  std::uint64_t seed = 0, counter = 0;  ///< of Rng: a drawn token adds one to the counter
-  float temperature = 0, top_p = 1, min_p = 0, repetition_penalty = 1;
-  std::int32_t top_k = 0;
-  std::int32_t failed = 0;  ///< set to 1 when a logit is NaN or +inf, or all are -inf
-};
 std::size_t sample_scratch(std::int64_t rows, std::int64_t vocab);
 /// Chooses ids[r] from logits [rows, vocab] as Sampler does (order and ties as there), marks it in `seen` (one bit per token and row,
-/// [rows, ⌈vocab/32⌉] words; null when no row has a repetition penalty). Logits are overwritten.
+/// [rows, ⌈vocab/32⌉] words; null when no row has a repetition penalty). A row that has failed gives -1. Logits are overwritten.
 void sample(Device& device, Matrix<float> logits, SamplerRow* rows, std::uint32_t* seen, std::int32_t* ids, void* scratch);
 
 }  // namespace m2lm::cuda

@@ -22,7 +22,6 @@ namespace m2lm {
 template <class T>
 struct Reference {
   using Scalar = T;
-  using Memory = HostMemory;
 };
 
 namespace detail {

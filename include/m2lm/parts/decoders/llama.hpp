@@ -109,8 +109,8 @@ struct LlamaDecoder {
     };
     /// h += self_attn(input_layernorm(h)), then `between(h)`, then h += mlp(post_attention_layernorm(h)). Shapes as CausalAttention.
     template <class Between>
-    void forward(Context<B>& ctx, std::int64_t layer, std::span<const SequenceRows<B>> sequences, Matrix<const S> cos, Matrix<const S> sin, Matrix<S> h,
-                 Between&& between, Saved* saved = nullptr) const {
+    void forward(Context<B>& ctx, std::int64_t layer, std::span<const SequenceRows<B>> sequences, Matrix<const AccumulatorOf<B>> cos,
+                 Matrix<const AccumulatorOf<B>> sin, Matrix<S> h, Between&& between, Saved* saved = nullptr) const {
       const Arena::Scope scope(ctx.arena);
       const bool keep = saved != nullptr;
       Arena& storage = ctx.storage(keep);
@@ -141,7 +141,7 @@ struct LlamaDecoder {
     using HookOn = typename AfterAttentionHook::template On<B, P>;
     using HeadOn = typename Head::template On<B, P>;
     LlamaConfig config_;
-    std::vector<float> frequencies_;
+    RopeFrequencies<B> frequencies_;
 
    public:
     Embedding<B> embed_tokens;
@@ -154,7 +154,7 @@ struct LlamaDecoder {
     explicit On(const Config& c) : On(c, c.hook, c.head) {}
     On(const LlamaConfig& c, const ConfigOf<AfterAttentionHook>& hook_config, const ConfigOf<Head>& head_config)
         : config_(c),
-          frequencies_(rope_frequencies(c.rope, c.head_dim)),
+          frequencies_(c.rope, c.head_dim),
           embed_tokens(c.vocab_size, c.hidden_size),
           norm(c.hidden_size, c.rms_norm_eps),
           hook(make_hook(c, hook_config)),
@@ -177,6 +177,8 @@ struct LlamaDecoder {
     void prepare(Context<B>& ctx, const Precision& precision, FunctionRef<void(std::int64_t, std::int64_t)> progress) {
       const auto total = static_cast<std::int64_t>(layers.size()) + 1;
       std::int64_t done = 0;
+      frequencies_.prepare(ctx);
+      embed_tokens.prepare(ctx);
       for (Block<B>& block : layers) {
         block.prepare(ctx, precision.weights);
         if (progress) progress(++done, total);
@@ -217,9 +219,10 @@ struct LlamaDecoder {
           require<CapacityError>(s.cache->length() + s.count <= s.cache->capacity(), "m2lm: the context holds ", s.cache->capacity(), " positions, but ",
                                s.cache->length() + s.count, " are needed (", s.cache->length(), " so far and ", s.count, " more)");
       Arena& storage = ctx.storage(saved != nullptr);
-      const Matrix<S> cos = storage.template matrix<S>(rows, config_.head_dim / 2), sin = storage.template matrix<S>(rows, config_.head_dim / 2);
+      using A = AccumulatorOf<B>;
+      const Matrix<A> cos = storage.template matrix<A>(rows, config_.head_dim / 2), sin = storage.template matrix<A>(rows, config_.head_dim / 2);
       for (const SequenceRows<B>& s : sequences)
-        rope_angles<S>(frequencies_, s.first(), cos.rows(s.begin, s.begin + s.count), sin.rows(s.begin, s.begin + s.count));
+        frequencies_.angles(ctx, s.first(), s.device_length(), cos.rows(s.begin, s.begin + s.count), sin.rows(s.begin, s.begin + s.count));
       if (saved) saved->layers.resize(layers.size());
       std::int64_t layer = 0;
       for (const Block<B>& block : layers) {
@@ -241,11 +244,11 @@ struct LlamaDecoder {
     }
 
     /// logits = head(norm(h)). requires h [rows, hidden], logits [rows, vocabulary]. With `saved`, h must stay until the gradient.
-    void predict(Context<B>& ctx, Matrix<const S> h, Matrix<S> logits, Saved* saved = nullptr) const {
+    void predict(Context<B>& ctx, Matrix<const S> h, Matrix<AccumulatorOf<B>> logits, Saved* saved = nullptr) const {
       const Arena::Scope scope(ctx.arena);
       const Matrix<S> x = ctx.storage(saved != nullptr).template matrix<S>(h.extent(0), h.extent(1));
       norm.forward(ctx, h, x, saved ? &saved->norm : nullptr);
-      if (M2LM_FAULT(26)) copy_rows(h, x);
+      if (M2LM_FAULT(26)) ops::copy_rows(ctx, h, x);
       if constexpr (detail::Differentiable<HeadOn>) {
         head.forward(ctx, x, logits, saved ? &saved->head : nullptr);
       } else {

@@ -111,7 +111,7 @@ struct ClipVit {
     VitFeatures features_;
     std::int64_t blocks_to_run_;
     DType format_ = DType::native;
-    Tensor<S> class_values_, position_values_;
+    Tensor<S> class_row_, position_values_;  // class_row_: the class embedding at its position
 
     bool needs_last() const { return features_ != VitFeatures::patches && features_ != VitFeatures::all_tokens; }
     bool pools() const { return features_ == VitFeatures::pooled || features_ == VitFeatures::projected; }
@@ -170,8 +170,13 @@ struct ClipVit {
 
     void prepare(Context<B>& ctx, DType format) {
       format_ = format;
-      class_values_ = class_embedding.value.template to<S>();
-      position_values_ = position_embedding.value.template to<S>();
+      using Host = HostScalarOf<B>;
+      Tensor<Host> class_row(Shape{1, config_.hidden_size}), first(Shape{1, config_.hidden_size});
+      class_embedding.value.copy_to(class_row.data(), 0, config_.hidden_size);
+      position_embedding.value.copy_to(first.data(), 0, config_.hidden_size);
+      for (std::int64_t j = 0; j < config_.hidden_size; ++j) class_row.data()[j] = class_row.data()[j] + first.data()[j];
+      class_row_ = ops::upload_tensor(ctx, AnyTensor(std::move(class_row)));
+      position_values_ = ops::upload_tensor(ctx, position_embedding.value);
       patch_embedding.prepare(ctx, format);
       pre_layrnorm.prepare(ctx);
       for (Block<B>& block : layers) block.prepare(ctx, format);
@@ -222,11 +227,11 @@ struct ClipVit {
       const Arena::Scope scope(ctx.arena);
       const std::int64_t rows = position_embedding.shape[0], d = config_.hidden_size;
       const Matrix<S> dh = ctx.arena.template matrix<S>(rows, d), handed_on = pools() ? ctx.arena.template matrix<S>(1, d) : dh.rows(first_row(), rows);
-      std::fill_n(dh.data(), dh.elements(), S(0));
+      ops::zero(ctx, dh.data(), dh.elements());
       if (projects())
         visual_projection.backward(ctx, dfeatures, saved.visual_projection, gradients, handed_on);
       else
-        copy_rows(dfeatures, handed_on);
+        ops::copy_rows(ctx, dfeatures, handed_on);
       if (pools()) post_layernorm.backward(ctx, handed_on, saved.post_layernorm, gradients, dh.rows(0, 1));
       const bool embeddings_trained = gradients.trains(class_embedding) || gradients.trains(position_embedding) || patch_embedding.is_trained(gradients) ||
                                       gradients.trains(pre_layrnorm);
@@ -250,19 +255,17 @@ struct ClipVit {
       const Matrix<S> cut = ctx.storage(saved != nullptr).template matrix<S>(patches, inputs);
       if (saved) saved->patches = cut;
       const View<S, 3> converted(ctx.arena.template take<S>(pixels.elements()), pixels.extents());
-      for (std::int64_t c = 0; c < pixels.extent(0); ++c)
-        for (std::int64_t i = 0; i < pixels.extent(1); ++i)
-          for (std::int64_t j = 0; j < pixels.extent(2); ++j) converted(c, i, j) = static_cast<S>(pixels(c, i, j));
+      ops::upload(ctx, std::span<const float>(pixels.data(), static_cast<std::size_t>(pixels.elements())), converted.data());
       ops::patchify(ctx, View<const S, 3>(converted), config_.patch_size, cut);
       const Matrix<const S> positions = position_values_.template view<2>();
-      for (std::int64_t j = 0; j < h.extent(1); ++j) h(0, j) = class_values_.data()[j] + positions(0, j);
+      ops::copy_rows(ctx, class_row_.template view<2>(), h.rows(0, 1));
       patch_embedding.forward(ctx, cut, h.rows(1, patches + 1), Activation::none, positions.rows(1, patches + 1));
     }
     void write(Context<B>& ctx, Matrix<const S> h, Matrix<S> features, Saved* saved) const {
       if (projects())
         visual_projection.forward(ctx, h, features, saved ? &saved->visual_projection : nullptr);
       else
-        copy_rows(h, features);
+        ops::copy_rows(ctx, h, features);
     }
   };
 };

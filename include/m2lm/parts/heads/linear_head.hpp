@@ -31,7 +31,10 @@ struct LinearHead {
 
     using Saved = typename Linear<B>::Saved;
     /// logits = x·wᵀ. requires x [rows, hidden], logits [rows, vocabulary].
-    void forward(Context<B>& ctx, Matrix<const S> x, Matrix<S> logits, Saved* saved = nullptr) const { linear.forward(ctx, x, logits, saved); }
+    void forward(Context<B>& ctx, Matrix<const S> x, Matrix<AccumulatorOf<B>> logits, Saved* saved = nullptr) const {
+      linear.forward(ctx, x, logits);
+      if (saved) *saved = {x};
+    }
     /// `embedding` is the table that a tied head reads: the gradient of its weight belongs there.
     void backward(Context<B>& ctx, Matrix<const S> dlogits, const Saved& saved, Gradients<S>& gradients, const Parameter& embedding, Matrix<S> dx) const {
       Linear<B>::parameter_gradients(ctx, saved.x, dlogits, gradients.find(tied_ ? embedding : linear.weight), nullptr);

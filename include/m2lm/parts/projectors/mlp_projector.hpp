@@ -111,9 +111,9 @@ struct IdentityProjector {
     }
     std::int64_t output_tokens(std::int64_t tokens) const { return tokens; }
     struct Saved {};
-    void forward(Context<B>&, Matrix<const S> x, Matrix<S> y, Saved* = nullptr) const { copy_rows(x, y); }
-    void backward(Context<B>&, Matrix<const S> dy, const Saved&, Gradients<S>&, Matrix<S> dx) const {
-      if (dx.data()) copy_rows(dy, dx);
+    void forward(Context<B>& ctx, Matrix<const S> x, Matrix<S> y, Saved* = nullptr) const { ops::copy_rows(ctx, x, y); }
+    void backward(Context<B>& ctx, Matrix<const S> dy, const Saved&, Gradients<S>&, Matrix<S> dx) const {
+      if (dx.data()) ops::copy_rows(ctx, dy, dx);
     }
   };
 };

@@ -1,0 +1,7 @@
+// The whole library with the CUDA backend, for files that nvcc compiles. (A test without nvcc includes an emulation before it.)
+// Floor: m2lm. May include: everything.
+#pragma once
+
+#include <m2lm/m2lm.hpp>
+
+#include <m2lm/backends/cuda/cuda.hpp>
