@@ -4,4 +4,3 @@
 
 #include <m2lm/m2lm.hpp>
 
-#include <m2lm/backends/cuda/cuda.hpp>

@@ -2,6 +2,7 @@
 // Floor: m2lm. May include: everything.
 #pragma once
 
+#include <m2lm/backends/cuda/cuda.hpp>
 #include <m2lm/core.hpp>
 #include <m2lm/io/checkpoint.hpp>
 #include <m2lm/io/config.hpp>
