@@ -247,7 +247,6 @@ inline float gelu_tanh(float x) { return 0.5F * x * (1 + std::tanh(0.79788456080
 /// The product by plain loops: f32 sums, one rounding to y. E is the type of x and w, Y that of y, bias and residual.
 template <class E, class Y>
 void multiply(const Product& p) {
-  const auto value = [](auto e) { return to_float(e); };
   const auto store = [](Y& y, float v) {
     if constexpr (std::is_same_v<Y, Bf16>)
       y = to_bf16(v);
@@ -257,12 +256,16 @@ void multiply(const Product& p) {
       y = v;
   };
   const auto m = static_cast<std::size_t>(p.m), n = static_cast<std::size_t>(p.n), k = static_cast<std::size_t>(p.k);
+  const auto ldx = static_cast<std::size_t>(p.ldx), ldw = static_cast<std::size_t>(cuda::detail::ldw_of(p));
+  // Row i of a matrix that is stored as it is, or column i of one that is stored as its transpose.
+  const auto copy_row = [&](const void* matrix, std::size_t i, bool transposed, std::size_t ld, float* row) {
+    const E* first = static_cast<const E*>(matrix) + (transposed ? i : i * ld);
+    for (std::size_t l = 0; l < k; ++l) row[l] = to_float(first[transposed ? l * ld : l]);
+  };
   std::vector<float> x(m * k), w(k);
-  for (std::size_t i = 0; i < m; ++i)
-    std::transform(static_cast<const E*>(p.x) + i * static_cast<std::size_t>(p.ldx),
-                   static_cast<const E*>(p.x) + i * static_cast<std::size_t>(p.ldx) + k, x.data() + i * k, value);
+  for (std::size_t i = 0; i < m; ++i) copy_row(p.x, i, p.transpose_x, ldx, x.data() + i * k);
   for (std::size_t j = 0; j < n; ++j) {
-    std::transform(static_cast<const E*>(p.w) + j * k, static_cast<const E*>(p.w) + (j + 1) * k, w.data(), value);
+    copy_row(p.w, j, p.transpose_w, ldw, w.data());
     const float bias = p.bias != nullptr ? to_float(static_cast<const E*>(p.bias)[j]) : 0.0F;
     for (std::size_t i = 0; i < m; ++i) {
       float sum = 0;
@@ -342,8 +345,6 @@ struct Device::Implementation {
       }
       const Memory::Opened opened(memory);
       step.run();
-    } catch (const DeviceError& error) {  // of the engine: it names the kernel
-      fault = error.what();
     } catch (const std::exception& error) {
       fault = concat(step.name, ": ", error.what());
     }
