@@ -86,8 +86,6 @@ class DeviceArray {
         data_(memory_ + offset) {
     write(values);
   }
-  /// Zeros.
-  DeviceArray(cuda::Device& device, std::size_t count) : DeviceArray(device, std::vector<T>(count)) {}
   ~DeviceArray() { device_.release(memory_); }
   DeviceArray(const DeviceArray&) = delete;
   DeviceArray& operator=(const DeviceArray&) = delete;
