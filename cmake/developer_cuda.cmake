@@ -24,7 +24,6 @@ if(M2LM_CUDA AND NOT M2LM_SANITIZE AND NOT M2LM_FUZZ)
     # As the presets have it for C++: assertions on.
     set(CMAKE_CUDA_FLAGS_RELWITHDEBINFO "-O2 -lineinfo" CACHE STRING "Flags of nvcc in this build type")
     enable_language(CUDA)
-    find_package(CUDAToolkit REQUIRED)
     set(M2LM_HAS_CUDA TRUE)
   elseif(NOT M2LM_CUDA STREQUAL "AUTO")
     message(FATAL_ERROR "M2LM_CUDA is ${M2LM_CUDA}, and no nvcc was found: set CUDACXX, or put nvcc into PATH")

@@ -5,7 +5,7 @@ set(M2LM_INSTALL_CMAKEDIR "${CMAKE_INSTALL_DATADIR}/cmake/m2lm" CACHE STRING "Wh
 mark_as_advanced(M2LM_INSTALL_CMAKEDIR)
 
 install(DIRECTORY "${PROJECT_SOURCE_DIR}/include/m2lm" DESTINATION "${CMAKE_INSTALL_INCLUDEDIR}"
-  COMPONENT m2lm_Development FILES_MATCHING PATTERN "*.hpp")
+  COMPONENT m2lm_Development FILES_MATCHING PATTERN "*.hpp" PATTERN "*.cuh")
 
 # Two export sets, so that a user of the core needs only the core's libraries.
 install(TARGETS m2lm_core EXPORT m2lmCoreTargets INCLUDES DESTINATION "${CMAKE_INSTALL_INCLUDEDIR}")
@@ -21,6 +21,8 @@ install(FILES
   "${PROJECT_SOURCE_DIR}/cmake/m2lmConfig.cmake"
   "${PROJECT_SOURCE_DIR}/cmake/m2lmCompiled.cmake"
   "${PROJECT_SOURCE_DIR}/cmake/compiled.cpp"
+  "${PROJECT_SOURCE_DIR}/cmake/m2lmCuda.cmake"
+  "${PROJECT_SOURCE_DIR}/cmake/m2lmInstantiate.cu.in"
   "${PROJECT_SOURCE_DIR}/cmake/FindSentencePiece.cmake"
   "${PROJECT_SOURCE_DIR}/cmake/FindStb.cmake"
   DESTINATION "${M2LM_INSTALL_CMAKEDIR}" COMPONENT m2lm_Development)

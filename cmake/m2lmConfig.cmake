@@ -1,14 +1,15 @@
-# find_package(m2lm [COMPONENTS core | m2lm | compiled]); without components, all of them.
+# find_package(m2lm [COMPONENTS core | m2lm | compiled | cuda]); without components, all of them but cuda.
 #   core      m2lm::core, needs Eigen
 #   m2lm      m2lm::m2lm, needs Eigen, nlohmann_json, sentencepiece and stb
 #   compiled  m2lm::compiled, m2lm::m2lm with its non-template definitions built once, in the calling project
+#   cuda      m2lm::cuda, m2lm::compiled and the CUDA runtime, and the function m2lm_instantiate; needs a CUDA toolkit
 cmake_minimum_required(VERSION 3.21...3.29)
 
-set(_m2lm_components core m2lm compiled)
+set(_m2lm_components core m2lm compiled cuda)
 if(m2lm_FIND_COMPONENTS)
   set(_m2lm_wanted ${m2lm_FIND_COMPONENTS})
 else()
-  set(_m2lm_wanted ${_m2lm_components})
+  set(_m2lm_wanted core m2lm compiled)
 endif()
 foreach(_m2lm_component IN LISTS _m2lm_wanted)
   if(NOT _m2lm_component IN_LIST _m2lm_components)
@@ -24,7 +25,7 @@ find_dependency(Eigen3 3.4 CONFIG)
 include("${CMAKE_CURRENT_LIST_DIR}/m2lmCoreTargets.cmake")
 set(m2lm_core_FOUND TRUE)
 
-if("m2lm" IN_LIST _m2lm_wanted OR "compiled" IN_LIST _m2lm_wanted)
+if("m2lm" IN_LIST _m2lm_wanted OR "compiled" IN_LIST _m2lm_wanted OR "cuda" IN_LIST _m2lm_wanted)
   set(_m2lm_module_path "${CMAKE_MODULE_PATH}")
   list(PREPEND CMAKE_MODULE_PATH "${CMAKE_CURRENT_LIST_DIR}")
   find_package(nlohmann_json 3.10 CONFIG QUIET)
@@ -41,10 +42,20 @@ if("m2lm" IN_LIST _m2lm_wanted OR "compiled" IN_LIST _m2lm_wanted)
   if(NOT _m2lm_missing)
     include("${CMAKE_CURRENT_LIST_DIR}/m2lmTargets.cmake")
     set(m2lm_m2lm_FOUND TRUE)
-    if("compiled" IN_LIST _m2lm_wanted)
+    if("compiled" IN_LIST _m2lm_wanted OR "cuda" IN_LIST _m2lm_wanted)
       include("${CMAKE_CURRENT_LIST_DIR}/m2lmCompiled.cmake")
       set(m2lm_compiled_FOUND TRUE)
     endif()
+  endif()
+endif()
+
+if("cuda" IN_LIST _m2lm_wanted)
+  find_package(CUDAToolkit QUIET)
+  if(NOT CUDAToolkit_FOUND)
+    list(APPEND _m2lm_missing "a CUDA toolkit (CUDAToolkit_ROOT names one that is not in PATH)")
+  elseif(m2lm_compiled_FOUND)
+    include("${CMAKE_CURRENT_LIST_DIR}/m2lmCuda.cmake")
+    set(m2lm_cuda_FOUND TRUE)
   endif()
 endif()
 

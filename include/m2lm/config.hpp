@@ -29,6 +29,18 @@
 #define M2LM_X86_64 0
 #endif
 
+// A model that is compiled once: in a header at global scope, after its alias, M2LM_EXTERN_MODEL(template arguments of Model) keeps the
+// files that include it from compiling the model's members. The file that m2lm_instantiate generates, which defines M2LM_INSTANTIATE, or
+// one .cpp of the user that does, holds them.
+#if defined(M2LM_INSTANTIATE)
+#define M2LM_EXTERN_TEMPLATE template
+#else
+#define M2LM_EXTERN_TEMPLATE extern template
+#endif
+#define M2LM_EXTERN_MODEL(...)                               \
+  M2LM_EXTERN_TEMPLATE class ::m2lm::Model<__VA_ARGS__>;     \
+  M2LM_EXTERN_TEMPLATE class ::m2lm::BasicSession<::m2lm::Model<__VA_ARGS__>>
+
 // A planted fault (see testing/faults.hpp): always false in a normal build.
 #if defined(M2LM_PLANT_FAULT)
 #define M2LM_FAULT(n) (M2LM_PLANT_FAULT == (n))

@@ -4,3 +4,10 @@
 
 #include <m2lm/m2lm.hpp>
 
+#if defined(__CUDACC__)
+#include <m2lm/backends/cuda/runtime.cuh>
+#endif
+
+#include <m2lm/backends/cuda/instantiate.cuh>
+#include <m2lm/backends/cuda/kernels/activation.cuh>
+#include <m2lm/backends/cuda/kernels/rows.cuh>

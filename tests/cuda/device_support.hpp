@@ -86,6 +86,8 @@ class DeviceArray {
         data_(memory_ + offset) {
     write(values);
   }
+  /// Zeros.
+  DeviceArray(cuda::Device& device, std::size_t count) : DeviceArray(device, std::vector<T>(count)) {}
   ~DeviceArray() { device_.release(memory_); }
   DeviceArray(const DeviceArray&) = delete;
   DeviceArray& operator=(const DeviceArray&) = delete;

@@ -1,8 +1,6 @@
 // What the emulator of CUDA finds in kernels that are wrong, and how it says so.
 // labels: emulated-only
-#include <doctest/doctest.h>
-
-#include <m2lm/testing/cuda_emulation_runtime.hpp>
+#include "device_support.hpp"
 
 #include <m2lm/backends/cuda/device.cuh>
 
@@ -13,8 +11,6 @@
 
 #include <sys/wait.h>
 #include <unistd.h>
-
-#include "device_array.hpp"
 
 namespace m2lm::cuda {
 namespace {

@@ -1,10 +1,7 @@
 // What kernels are written in (backends/cuda/device.cuh), on a device or on the emulator, against plain loops.
-#include <doctest/doctest.h>
-
-#include <m2lm/testing/cuda_emulation_runtime.hpp>
+#include "device_support.hpp"
 
 #include <m2lm/backends/cuda/device.cuh>
-#include <m2lm/core/rng.hpp>
 
 #include <algorithm>
 #include <cmath>
@@ -13,8 +10,6 @@
 #include <limits>
 #include <string>
 #include <vector>
-
-#include "device_array.hpp"
 
 namespace m2lm::cuda {
 namespace {
@@ -170,6 +165,7 @@ namespace {
 using namespace m2lm;
 using cuda::LaunchShape;
 using m2lm_test::DeviceArray;
+using m2lm_test::element;
 
 /// Whole numbers in [-limit, limit], so that sums of them are exact.
 template <class T>
@@ -178,16 +174,6 @@ std::vector<T> whole_numbers(std::size_t count, int limit, std::uint64_t seed) {
   std::vector<T> values(count);
   for (T& value : values) value = static_cast<T>(static_cast<int>(rng.next() % static_cast<unsigned>(2 * limit + 1)) - limit);
   return values;
-}
-
-template <class E>
-E element(float x) {
-  if constexpr (std::is_same_v<E, Half>)
-    return to_half(x);
-  else if constexpr (std::is_same_v<E, Bf16>)
-    return to_bf16(x);
-  else
-    return x;
 }
 
 template <class E>
@@ -423,7 +409,7 @@ TEST_CASE("every thread of every block runs once") {
   const LaunchShape shape{.grid_x = 3, .grid_y = 2, .grid_z = 4, .block_x = 5, .block_y = 7};
   const DeviceArray<std::int32_t> visits(device, std::vector<std::int32_t>(3 * 2 * 4 * 5 * 7));
   launch(device, "mark_threads", cuda::mark_threads, shape, visits.data());
-  CHECK(visits.read() == std::vector<std::int32_t>(visits.size(), 1));
+  CHECK(visits.read() == std::vector<std::int32_t>(3 * 2 * 4 * 5 * 7, 1));
 }
 
 TEST_CASE("a launch that cannot be names its kernel and its shape") {

@@ -6,7 +6,8 @@
 - A third-party library is included by its owner in interop/ alone; the owners of readers are reached from definitions
   (*_impl.hpp) and other owners only, so that declarations stay light.
 - Definitions (*_impl.hpp) are reached from the headers above all floors and from other definitions only.
-- core.hpp reaches no reader; m2lm.hpp reaches every declaration, impl.hpp every definition.
+- core.hpp reaches no reader; m2lm.hpp reaches every declaration, impl.hpp every definition, m2lm.cuh every .cuh and what
+  the backend's .cuh and their emulation share.
 - A .hpp never includes a .cuh; no header is part of a cycle; every included m2lm header exists.
 - Compilers are told apart in config.hpp only.
 
@@ -42,6 +43,7 @@ UMBRELLAS = {
     "core.hpp": {"layers", "backends"},
     "core_impl.hpp": {"layers", "backends"},
     "m2lm.hpp": set(FLOORS),
+    "m2lm.cuh": set(FLOORS),
     "impl.hpp": set(FLOORS),
 }
 
@@ -197,13 +199,15 @@ def check_reach(tree, edges):
     for reader in sorted(READERS):
         if f"interop/{reader}.hpp" in reached(edges, "core.hpp"):
             yield f"core.hpp reaches the reader interop/{reader}.hpp"
-    everything, definitions = reached(edges, "m2lm.hpp"), reached(edges, "impl.hpp")
+    everything, definitions, device = (reached(edges, umbrella) for umbrella in ("m2lm.hpp", "impl.hpp", "m2lm.cuh"))
     for name in tree:
-        if floor_of(name) in {"interop", "testing", None} or name.endswith((".inc.hpp", ".cuh")) or name == "fwd.hpp":
+        if floor_of(name) in {"interop", "testing", None} or name.endswith(".inc.hpp") or name == "fwd.hpp":
             continue
+        if name.endswith(".cuh") and name not in device:
+            yield f"{name} is not reached from m2lm.cuh"
         if name.endswith("_impl.hpp") and name not in definitions:
             yield f"{name} is not reached from impl.hpp"
-        if not name.endswith("_impl.hpp") and name not in everything:
+        if not name.endswith(("_impl.hpp", ".cuh")) and name not in everything | device:
             yield f"{name} is not reached from m2lm.hpp"
 
 

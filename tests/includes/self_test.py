@@ -29,6 +29,7 @@ GOOD = {
     "core.hpp": ("m2lm", "#include <m2lm/backends/cpu/cpu.hpp>\n#include <m2lm/core_impl.hpp>\n"),
     "impl.hpp": ("m2lm", "#include <m2lm/core_impl.hpp>\n#include <m2lm/io/config_impl.hpp>\n"),
     "m2lm.hpp": ("m2lm", "#include <m2lm/core.hpp>\n#include <m2lm/models/model.hpp>\n#include <m2lm/impl.hpp>\n"),
+    "m2lm.cuh": ("m2lm", "#include <m2lm/m2lm.hpp>\n#include <m2lm/backends/cuda/gemm.cuh>\n"),
 }
 
 # header, lines to add, what the report must say
@@ -56,6 +57,8 @@ FAULTS = [
     ("core.hpp", "#include <m2lm/models/model.hpp>", "core.hpp may not include floor models"),
     ("backends/cpu/cpu_impl.hpp", "#include <m2lm/interop/json.hpp>", "core.hpp reaches the reader interop/json.hpp"),
     ("sampling/greedy.hpp", "", "sampling/greedy.hpp is not reached from m2lm.hpp"),
+    ("backends/cuda/norm.cuh", "", "backends/cuda/norm.cuh is not reached from m2lm.cuh"),
+    ("m2lm.hpp", "#include <m2lm/backends/cuda/gemm.cuh>", "a .hpp includes the .cuh"),
     ("io/audio_impl.hpp", "", "io/audio_impl.hpp is not reached from impl.hpp"),
     ("core/view.hpp", None, "does not open with `// Floor: core"),
 ]
@@ -78,7 +81,7 @@ def report(tree):
 
 def with_fault(header, addition):
     tree = dict(GOOD)
-    floor, body = tree.get(header, ("extras", ""))
+    floor, body = tree.get(header, (header.split("/")[0], ""))
     tree[header] = (None, body) if addition is None else (floor, body + addition + "\n")
     if addition and "norm.hpp" in addition:
         tree["layers/norm.hpp"] = ("layers", "#include <m2lm/layers/linear.hpp>\n")

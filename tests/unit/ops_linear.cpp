@@ -9,6 +9,10 @@
 //   f(z)·z'            |δ| ≤ |f|·|δz'| + |z'|·|δf| + |δf|·|δz'| + u·|f·z'|
 //   … + residual       + u·|y|
 // and 2^-126·k for products that underflow (the BF16 instruction flushes subnormals).
+//
+// With weights in blocks x is rounded to blocks of 8 bits, each row for itself. The oracle gets the rounded x; then all sums inside a
+// block are exact, and a block's sum is rounded when it is multiplied by its two scales and added: 3 roundings per block of 32 inputs
+// at most. That the rounding of x itself is what it should be, half a step at most, is a test of its own.
 #include <doctest/doctest.h>
 
 #include <m2lm/core.hpp>
@@ -53,6 +57,8 @@ struct Data {
       std::copy(w.data() + begin * p.k, w.data() + end * p.k, t.data());
       // In the checkpoint's own dtype: bf16 values come as bf16.
       if (format == DType::f32) return AnyTensor(std::move(t));
+      // Values that blocks hold make the same blocks again; so they may come either way.
+      if (is_block_format(format)) return p.k % block_values == 0 && end % 2 == 0 ? in_blocks(t, format) : AnyTensor(std::move(t));
       Tensor<Bf16> b(t.shape());
       for (std::int64_t i = 0; i < t.elements(); ++i) b.data()[i] = to_bf16(t.data()[i]);
       return AnyTensor(std::move(b));
@@ -66,8 +72,9 @@ struct Expected {
   Tensor<double> value, bound;
 };
 
-/// Reference<double> on x (as the kernel sees it), and the bound derived above.
-Expected expected(const Problem& p, const Data& data, const Tensor<float>& x, double roundings_per_product) {
+/// Reference<double> on x (as the kernel sees it), and the bound derived above for sums with so many roundings.
+template <class T>
+Expected expected(const Problem& p, const Data& data, const Tensor<T>& x, double roundings) {
   Runner<Reference<double>> reference;
   const PackedMatrix w = ops::pack(reference.ctx, std::span<const AnyTensor>(data.sources), DType::f32, p.gated);
   const Tensor<double> xd = converted<double>(x), bias = converted<double>(data.bias), residual = converted<double>(data.residual);
@@ -76,7 +83,7 @@ Expected expected(const Problem& p, const Data& data, const Tensor<float>& x, do
   if (p.residual) epilogue.residual = matrix(residual);
   ops::linear(reference.ctx, matrix(xd), w, epilogue, e.value.view<2>());
 
-  const double chain = static_cast<double>(p.k) * roundings_per_product + 2;
+  const double chain = roundings + 2;
   for (std::int64_t i = 0; i < p.m; ++i)
     for (std::int64_t j = 0; j < p.n; ++j) {
       const auto product = [&](std::int64_t output) {
@@ -127,29 +134,47 @@ void check(Runner<B>& runner, const Problem& p, const Data& data, DType format, 
   CHECK_MESSAGE(y.gaps_untouched(), name, " ", p.string(), ": wrote between the rows of y");
 }
 
-Tensor<float> as_seen(const Data& data, bool to_bf16_first) {
-  Tensor<float> x = data.x.clone();
-  if (to_bf16_first)
-    for (float& v : x.span()) v = rounded(v, DType::bf16);
-  return x;
+/// x as products with weights of `format` see it.
+Tensor<double> as_seen(const Tensor<float>& x, DType format) {
+  Tensor<double> out = converted<double>(x);
+  if (format == DType::bf16)
+    for (double& v : out.span()) v = static_cast<double>(rounded(static_cast<float>(v), DType::bf16));
+  if (!is_block_format(format)) return out;
+  const std::int64_t columns = x.shape()[1];
+  for (std::int64_t row = 0; row < x.shape()[0]; ++row)
+    for (std::int64_t first = 0; first < columns; first += block_values) {
+      const std::int64_t begin = row * columns + first, end = begin + std::min(block_values, columns - first);
+      float largest = 0;
+      for (std::int64_t i = begin; i < end; ++i) largest = std::max(largest, std::abs(x.data()[i]));
+      const float scale = largest / 127.0F, inverse = scale > 0 ? 1.0F / scale : 0.0F;
+      for (std::int64_t i = begin; i < end; ++i) out.data()[i] = static_cast<double>(scale) * std::nearbyint(static_cast<double>(x.data()[i] * inverse));
+    }
+  return out;
+}
+
+/// What the kernels of `format` do with the data, by the oracle.
+Expected expected_of(const Problem& p, const Data& data, DType format, bool rounds_to_bf16) {
+  const auto k = static_cast<double>(p.k);
+  if (is_block_format(format)) return expected(p, data, as_seen(data.x, format), 3 * std::ceil(k / static_cast<double>(block_values)));
+  return rounds_to_bf16 ? expected(p, data, as_seen(data.x, DType::bf16), k) : expected(p, data, data.x, 2 * k);
 }
 
 void check_everywhere(const Problem& p, std::uint64_t seed) {
-  for (const DType format : formats) {
+  for (const DType format : weight_formats) {
     Random random(seed);
     const Data data(p, format, random);
-    const Expected plain = expected(p, data, data.x, 2);
+    const Expected plain = expected_of(p, data, format, false);
     for (const Variant& variant : variants(format)) {
       Runner<Cpu> cpu(Cpu(variant.options(2)));
       CHECK(cpu.backend.isa() == variant.level);
       CHECK(rounds_activations(cpu.backend, format) == variant.bf16_dot);
       if (rounds_activations(cpu.backend, format))
-        check(cpu, p, data, format, expected(p, data, as_seen(data, true), 1), label(variant, format));
+        check(cpu, p, data, format, expected_of(p, data, format, true), label(variant, format));
       else
         check(cpu, p, data, format, plain, label(variant, format));
     }
     Runner<Reference<float>> reference;
-    check(reference, p, data, format, plain, "Reference<float>");
+    check(reference, p, data, format, expected(p, data, data.x, 2 * static_cast<double>(p.k)), "Reference<float>");
   }
 }
 
@@ -199,7 +224,7 @@ TEST_CASE("linear: large and small arguments of the activations") {
   const std::vector<float> values{0.0F, -0.0F, 1e-30F, -1e-30F, 0.0078125F, 0.5F, -0.5F, 1.0F, -1.0F, 3.0F,  -3.0F,
                                   5.5F, -5.5F, 20.0F,  -20.0F,  88.0F,      -88.0F, 200.0F, -200.0F, 60000.0F, -60000.0F};
   for (const Activation activation : activations)
-    for (const DType format : formats)
+    for (const DType format : formats)  // in blocks x would be rounded
       for (const Variant& variant : variants(format)) {
         Runner<Cpu> cpu(Cpu(variant.options(1)));
         Tensor<float> one(Shape{1, 1}), x(Shape{static_cast<std::int64_t>(values.size()), 1}), y(x.shape());
@@ -228,7 +253,7 @@ TEST_CASE("linear: a row has the same bits alone, in a batch, and on any number 
     p.bias = p.residual = random.coin();
     p.activation = activations[static_cast<std::size_t>(random.integer(0, 5))];
     p.first_rows = p.gated ? 0 : p.n;
-    for (const DType format : formats) {
+    for (const DType format : weight_formats) {
       Random data_random(2000 + static_cast<std::uint64_t>(trial));
       const Data data(p, format, data_random);
       for (const Variant& variant : variants(format)) {
@@ -262,20 +287,110 @@ TEST_CASE("linear: a row has the same bits alone, in a batch, and on any number 
 }
 
 TEST_CASE("linear: the levels that compute alike agree bit by bit") {
-  // AVX2 and AVX-512 fuse multiply and add in the same order: f32 sums cannot differ.
-  if (default_isa() < IsaLevel::avx512) return;
+  // AVX2 and AVX-512 fuse multiply and add in the same order: f32 sums cannot differ. Nor can the ways to multiply bytes, which are exact.
   Random random(303);
   const Problem p{.m = 19, .n = 77, .k = 333, .first_rows = 40};
-  for (const DType format : formats) {
+  for (const DType format : weight_formats) {
     const Data data(p, format, random);
-    Tensor<float> y[2] = {Tensor<float>(Shape{p.m, p.n}), Tensor<float>(Shape{p.m, p.n})};
-    for (const int i : {0, 1}) {
-      Runner<Cpu> cpu(Cpu(CpuOptions{.threads = 1, .max_isa = i == 0 ? IsaLevel::avx2 : IsaLevel::avx512}));
+    std::vector<Tensor<float>> results;
+    for (const Variant& variant : variants(format)) {
+      if (variant.level == IsaLevel::baseline || variant.bf16_dot) continue;
+      Runner<Cpu> cpu(Cpu(variant.options(1)));
       const PackedMatrix w = ops::pack(cpu.ctx, std::span<const AnyTensor>(data.sources), format, p.gated);
-      ops::linear(cpu.ctx, matrix(data.x), w, {}, y[i].view<2>());
+      results.emplace_back(Shape{p.m, p.n});
+      ops::linear(cpu.ctx, matrix(data.x), w, {}, results.back().view<2>());
+      CHECK_MESSAGE(same_bits(matrix(results.back()), matrix(results.front())), label(variant, format));
     }
-    CHECK(same_bits(matrix(y[0]), matrix(y[1])));
   }
+}
+
+TEST_CASE("linear: weights in blocks see each input to half a step of its block, and no worse") {
+  Random random(305);
+  const Problem p{.m = 5, .n = 40, .k = 300, .first_rows = 40};
+  for (const DType format : {DType::q8, DType::q4}) {
+    Data data(p, format, random);
+    // Blocks of very different size side by side: a step is that of its own block.
+    for (std::int64_t i = 0; i < data.x.elements(); ++i) data.x.data()[i] *= std::ldexp(1.0F, static_cast<int>(i % p.k / block_values * 7) - 30);
+    const Expected exact = expected(p, data, data.x, 3 * std::ceil(static_cast<double>(p.k) / static_cast<double>(block_values)));
+    for (const Variant& variant : variants(format)) {
+      Runner<Cpu> cpu(Cpu(variant.options(2)));
+      const PackedMatrix w = ops::pack(cpu.ctx, std::span<const AnyTensor>(data.sources), format);
+      Tensor<float> y(Shape{p.m, p.n});
+      ops::linear(cpu.ctx, matrix(data.x), w, {}, y.view<2>());
+      Worst worst;
+      for (std::int64_t i = 0; i < p.m; ++i)
+        for (std::int64_t j = 0; j < p.n; ++j) {
+          double steps = 0;
+          for (std::int64_t first = 0; first < p.k; first += block_values) {
+            double largest = 0, weights = 0;
+            for (std::int64_t c = first; c < std::min(p.k, first + block_values); ++c) {
+              largest = std::max(largest, static_cast<double>(std::abs(data.x.data()[i * p.k + c])));
+              weights += std::abs(data.weight.data()[j * p.k + c]);
+            }
+            steps += largest / 127 / 2 * (1 + 0x1.0p-15) * weights;  // 127 steps of which each is rounded in f32
+          }
+          worst.add(static_cast<double>(y.data()[i * p.n + j]), exact.value.data()[i * p.n + j], steps + exact.bound.data()[i * p.n + j], i, j);
+        }
+      CHECK_MESSAGE(worst.passed(), label(variant, format), " at ", worst.where());
+      CHECK_MESSAGE(worst.ratio() > 0.01, label(variant, format), ": x was not rounded at all");
+    }
+  }
+}
+
+TEST_CASE("linear: weights in blocks, and inputs that are zero, not finite or hardly there") {
+  constexpr float infinity = std::numeric_limits<float>::infinity(), nan = std::numeric_limits<float>::quiet_NaN();
+  Random random(306);
+  const Problem p{.m = 6, .n = 35, .k = 70, .first_rows = 35};
+  for (const DType format : {DType::q8, DType::q4}) {
+    Data data(p, format, random);
+    const auto row = [&](std::int64_t i) { return data.x.span().subspan(static_cast<std::size_t>(i * p.k), static_cast<std::size_t>(p.k)); };
+    for (float& v : row(1)) v = 0;
+    row(2)[69] = nan;
+    row(3)[0] = infinity;
+    row(3)[40] = -infinity;
+    for (float& v : row(4)) v = 1e-44F;
+    for (const Variant& variant : variants(format)) {
+      Runner<Cpu> cpu(Cpu(variant.options(1)));
+      const PackedMatrix w = ops::pack(cpu.ctx, std::span<const AnyTensor>(data.sources), format);
+      Tensor<float> y(Shape{p.m, p.n});
+      ops::linear(cpu.ctx, matrix(data.x), w, {}, y.view<2>());
+      for (std::int64_t j = 0; j < p.n; ++j) {
+        CHECK(std::isfinite(y.view<2>()(0, j)));
+        CHECK(y.view<2>()(1, j) == 0.0F);
+        CHECK(std::isnan(y.view<2>()(2, j)));
+        CHECK(std::isnan(y.view<2>()(3, j)));
+        CHECK(std::abs(y.view<2>()(4, j)) <= 70 * 4 * 2e-44F);
+        CHECK(std::isfinite(y.view<2>()(5, j)));
+      }
+    }
+  }
+}
+
+TEST_CASE("pack: blocks of a checkpoint are packed bit for bit") {
+  Random random(307);
+  constexpr std::int64_t rows = 37, columns = 96;
+  Runner<Cpu> cpu(Cpu(CpuOptions{.threads = 2}));
+  const auto check_blocks = [&]<class Block, class Stored>(const AnyTensor& source, Block, Stored) {
+    const PackedMatrix w = ops::pack(cpu.ctx, std::span(&source, 1), Block::dtype);
+    CHECK(w.bytes == static_cast<std::size_t>(4 * 3 * detail::tile_bytes(Block::dtype)));  // 37 rows are four strips of 16
+    for (std::int64_t row = 0; row < rows; ++row)
+      for (std::int64_t b = 0; b < columns / block_values; ++b) {
+        const std::byte* tile = w.data.get() + (row / detail::strip_width * 3 + b) * detail::tile_bytes(Block::dtype);
+        const auto block = detail::load_from_tile<Block>(tile, row % detail::strip_width);
+        const auto stored = load_block<Stored>(source.data(), row * 3 + b);
+        CHECK(block.scale == stored.scale);
+        for (std::int64_t i = 0; i < block_values; ++i) CHECK(block.value(i) == stored.value(i));
+      }
+  };
+  // Random bits: blocks that no rounding makes, with any scale.
+  const auto random_blocks = [&](DType format) {
+    auto bytes = std::make_shared<std::vector<std::byte>>(dtype_bytes(format, rows * columns));
+    for (std::byte& byte : *bytes) byte = static_cast<std::byte>(random.integer(0, 255));
+    return AnyTensor(format, Shape{rows, columns}, bytes->data(), bytes);
+  };
+  check_blocks(random_blocks(DType::q8), Q8Block{}, Q8Block{});
+  check_blocks(random_blocks(DType::q4), Q4Block{}, Q4Block{});
+  check_blocks(random_blocks(DType::q4), Q8Block{}, Q4Block{});  // 8 bits hold what 4 do
 }
 
 TEST_CASE("pack: sources in f16 and f64, of rank 4, rounded to the format") {
@@ -289,7 +404,7 @@ TEST_CASE("pack: sources in f16 and f64, of rank 4, rounded to the format") {
   }
   const Tensor<float> x = random_tensor<float>(random, Shape{4, 12}, DType::bf16);
   const AnyTensor sources[] = {AnyTensor(std::move(half)), AnyTensor(std::move(wide)), AnyTensor(std::move(values))};
-  for (const DType format : formats) {
+  for (const DType format : weight_formats) {
     Runner<Cpu> cpu(Cpu(CpuOptions{.threads = 1}));
     const PackedMatrix w = ops::pack(cpu.ctx, std::span<const AnyTensor>(sources), format);
     CHECK(w.rows == 15);
@@ -332,7 +447,7 @@ TEST_CASE("linear and pack: errors name both sides") {
   contains(message_of<ShapeError>([&] { ops::pack(cpu.ctx, std::span<const AnyTensor>(ab), DType::f32); }), {"[4, 7]", "[4, 6]"});
   contains(message_of<ShapeError>([&] { ops::pack(cpu.ctx, std::span<const AnyTensor>(ac), DType::f32, true); }), {"same number of rows"});
   contains(message_of<ShapeError>([&] { ops::pack(cpu.ctx, std::span(&vector, 1), DType::f32); }), {"[6]"});
-  contains(message_of<OptionError>([&] { ops::pack(cpu.ctx, std::span(&a, 1), DType::i8); }), {"i8", "f32 and bf16"});
+  contains(message_of<OptionError>([&] { ops::pack(cpu.ctx, std::span(&a, 1), DType::i8); }), {"i8", "f32, bf16, q8 and q4"});
 }
 
 }  // namespace

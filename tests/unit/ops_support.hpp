@@ -33,19 +33,25 @@ inline std::vector<IsaLevel> levels() {
   return out;
 }
 
+/// Formats of keys and values; and those of weights.
 inline constexpr std::array<DType, 2> formats{DType::f32, DType::bf16};
+inline constexpr std::array<DType, 4> weight_formats{DType::f32, DType::bf16, DType::q8, DType::q4};
 
-/// A level, and which of its two ways to multiply bf16 (they differ at avx512_bf16 only).
+/// A level, and which of its ways to multiply bf16 (they differ at avx512_bf16 only) and bytes (where the machine has VNNI).
 struct Variant {
   IsaLevel level = IsaLevel::baseline;
   bool bf16_dot = false;
-  CpuOptions options(int threads) const { return {.threads = threads, .max_isa = level, .bf16_dot = bf16_dot}; }
+  bool int8_dot = true;
+  CpuOptions options(int threads) const { return {.threads = threads, .max_isa = level, .bf16_dot = bf16_dot, .int8_dot = int8_dot}; }
 };
 
 /// Every set of kernels that this machine can run, for weights of `format`.
 inline std::vector<Variant> variants(DType format) {
   std::vector<Variant> out;
-  for (const IsaLevel level : levels()) out.push_back({level, false});
+  for (const IsaLevel level : levels()) {
+    out.push_back({level, false, !is_block_format(format)});
+    if (is_block_format(format) && detail::has_int8_dot(level)) out.push_back({level, false, true});
+  }
   if (format == DType::bf16 && default_isa() == IsaLevel::avx512_bf16) out.push_back({IsaLevel::avx512_bf16, true});
   return out;
 }
@@ -84,11 +90,52 @@ class Random {
   }
 };
 
+/// The values of a row, rounded to blocks (the last one is filled up with zeros).
+inline std::vector<float> rounded_to_blocks(std::span<const float> row, DType format) {
+  std::vector<float> out(row.size());
+  for (std::size_t first = 0; first < row.size(); first += block_values) {
+    const std::size_t count = std::min(row.size() - first, static_cast<std::size_t>(block_values));
+    float block[block_values] = {};
+    std::copy_n(row.data() + first, count, block);
+    for (std::size_t i = 0; i < count; ++i) {
+      const auto at = static_cast<std::int64_t>(i);
+      out[first + i] = format == DType::q8 ? dequantise(quantise_q8(block), at) : dequantise(quantise_q4(block), at);
+    }
+  }
+  return out;
+}
+
+/// Values that `format` holds exactly.
 template <class T>
 Tensor<T> random_tensor(Random& random, Shape shape, DType format = DType::f32, double scale = 1) {
   Tensor<T> out(shape);
   for (T& x : out.span()) x = static_cast<T>(rounded(random.value() * static_cast<float>(scale), format));
+  if (is_block_format(format)) {
+    const std::int64_t columns = ops::columns_of(shape);
+    std::vector<float> row(static_cast<std::size_t>(columns));
+    for (std::int64_t i = 0; i < (columns > 0 ? shape[0] : 0); ++i) {
+      for (std::int64_t c = 0; c < columns; ++c) row[static_cast<std::size_t>(c)] = static_cast<float>(out.data()[i * columns + c]);
+      const std::vector<float> held = rounded_to_blocks(row, format);
+      for (std::int64_t c = 0; c < columns; ++c) out.data()[i * columns + c] = static_cast<T>(held[static_cast<std::size_t>(c)]);
+    }
+  }
   return out;
+}
+
+/// A matrix of values that blocks hold, as a tensor of blocks. requires columns in whole blocks.
+inline AnyTensor in_blocks(const Tensor<float>& values, DType format) {
+  auto bytes = std::make_shared<std::vector<std::byte>>(dtype_bytes(format, values.elements()) + 1);  // never null
+  for (std::int64_t b = 0; b < values.elements() / block_values; ++b) {
+    const float* from = values.data() + b * block_values;
+    if (format == DType::q8) {
+      const Q8Block block = quantise_q8(from);
+      std::memcpy(bytes->data() + static_cast<std::size_t>(b) * sizeof(block), &block, sizeof(block));
+    } else {
+      const Q4Block block = quantise_q4(from);
+      std::memcpy(bytes->data() + static_cast<std::size_t>(b) * sizeof(block), &block, sizeof(block));
+    }
+  }
+  return AnyTensor(format, values.shape(), bytes->data(), bytes);
 }
 
 template <class To, class From>
@@ -170,7 +217,7 @@ struct Runner {
 };
 
 inline std::string label(const Variant& variant, DType format) {
-  return concat(isa_name(variant.level), variant.bf16_dot ? " dot " : " ", dtype_name(format));
+  return concat(isa_name(variant.level), variant.bf16_dot || (variant.int8_dot && is_block_format(format)) ? " dot " : " ", dtype_name(format));
 }
 
 /// Keys and values of one layer with their memory. Never moved: the views point into it.

@@ -65,7 +65,7 @@ TEST_CASE("the gradient of linear's input: every format and level, written or ad
   for (int trial = 0; trial < 40; ++trial) {
     const std::int64_t m = trial == 0 ? 300 : random.size(65), n = trial == 1 ? 700 : random.size(129), k = trial == 2 ? 1000 : random.size(193), extra = random.integer(0, 5);
     const bool accumulate = random.coin();
-    for (const DType format : formats) {
+    for (const DType format : weight_formats) {
       const Tensor<float> dy = random_tensor<float>(random, Shape{m, n}), before = random_tensor<float>(random, Shape{m, k});
       const Tensor<float> w = random_tensor<float>(random, Shape{n, k}, format);
       Runner<Reference<double>> reference;

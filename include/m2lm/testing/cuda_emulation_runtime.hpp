@@ -42,7 +42,7 @@ struct Machine {
   detail::NoDevice why_none = detail::NoDevice::no_driver;  ///< where devices == 0
   int driver = 13000;                                       ///< CUDA version of the driver
   std::size_t memory_bytes = std::size_t{4} << 30;
-  std::size_t staging_bytes = 4096;  ///< small, so that copies have chunks; grows to a unit that is larger
+  std::size_t staging_bytes = 4096;  ///< of a chunk; small, so that copies have several. Grows with a large unit or copy
   int compute_capability = 90;
   int multiprocessors = 16;
   std::size_t shared_bytes_per_block = 232448;
@@ -116,7 +116,6 @@ class Memory {
   std::size_t end_ = 0;  ///< addresses handed out
   std::map<const std::byte*, Block> blocks_;
   std::size_t used_ = 0;
-  int open_ = 0;
 
  public:
   Memory() {
@@ -155,7 +154,7 @@ class Memory {
     std::memset(p + bytes, watch, whole - bytes);
     poison(pages, page_bytes - whole);
     poison(p + bytes, whole - bytes);
-    if (open_ == 0) ::mprotect(pages, page_bytes, PROT_NONE);
+    ::mprotect(pages, page_bytes, PROT_NONE);
     ++counts().allocations;
     return p;
   }
@@ -197,25 +196,28 @@ class Memory {
     return std::nullopt;
   }
 
-  /// While one lives, allocations can be read and written.
+  /// While one lives, allocations can be read and written: all, or the pages around some bytes.
   class Opened {
-    Memory& memory_;
+    std::byte* begin_;
+    std::size_t bytes_;
 
    public:
-    explicit Opened(Memory& memory) : memory_(memory) {
-      if (memory_.open_++ == 0) memory_.protect(PROT_READ | PROT_WRITE);
+    explicit Opened(Memory& memory) : Opened(memory, memory.range_, memory.end_) {}
+    Opened(Memory& memory, const void* p, std::size_t bytes) {
+      const auto offset = static_cast<std::size_t>(static_cast<const std::byte*>(p) - memory.range_) / memory.page_ * memory.page_;
+      begin_ = memory.range_ + offset;
+      bytes_ = round_up(static_cast<std::size_t>(static_cast<const std::byte*>(p) - begin_) + bytes, memory.page_);
+      protect(PROT_READ | PROT_WRITE);
     }
-    ~Opened() {
-      if (--memory_.open_ == 0) memory_.protect(PROT_NONE);
-    }
+    ~Opened() { protect(PROT_NONE); }
     Opened(const Opened&) = delete;
     Opened& operator=(const Opened&) = delete;
-  };
 
- private:
-  void protect(int protection) const {
-    if (end_ != 0) ::mprotect(range_, end_, protection);
-  }
+   private:
+    void protect(int protection) const {
+      if (bytes_ != 0) ::mprotect(begin_, bytes_, protection);
+    }
+  };
 };
 
 /// Pinned memory of the process: [begin, end) by begin.
@@ -247,7 +249,6 @@ inline float gelu_tanh(float x) { return 0.5F * x * (1 + std::tanh(0.79788456080
 /// The product by plain loops: f32 sums, one rounding to y. E is the type of x and w, Y that of y, bias and residual.
 template <class E, class Y>
 void multiply(const Product& p) {
-  const auto value = [](auto e) { return to_float(e); };
   const auto store = [](Y& y, float v) {
     if constexpr (std::is_same_v<Y, Bf16>)
       y = to_bf16(v);
@@ -257,12 +258,16 @@ void multiply(const Product& p) {
       y = v;
   };
   const auto m = static_cast<std::size_t>(p.m), n = static_cast<std::size_t>(p.n), k = static_cast<std::size_t>(p.k);
+  const auto ldx = static_cast<std::size_t>(p.ldx), ldw = static_cast<std::size_t>(cuda::detail::ldw_of(p));
+  // Row i of a matrix that is stored as it is, or column i of one that is stored as its transpose.
+  const auto copy_row = [&](const void* matrix, std::size_t i, bool transposed, std::size_t ld, float* row) {
+    const E* first = static_cast<const E*>(matrix) + (transposed ? i : i * ld);
+    for (std::size_t l = 0; l < k; ++l) row[l] = to_float(first[transposed ? l * ld : l]);
+  };
   std::vector<float> x(m * k), w(k);
-  for (std::size_t i = 0; i < m; ++i)
-    std::transform(static_cast<const E*>(p.x) + i * static_cast<std::size_t>(p.ldx),
-                   static_cast<const E*>(p.x) + i * static_cast<std::size_t>(p.ldx) + k, x.data() + i * k, value);
+  for (std::size_t i = 0; i < m; ++i) copy_row(p.x, i, p.transpose_x, ldx, x.data() + i * k);
   for (std::size_t j = 0; j < n; ++j) {
-    std::transform(static_cast<const E*>(p.w) + j * k, static_cast<const E*>(p.w) + (j + 1) * k, w.data(), value);
+    copy_row(p.w, j, p.transpose_w, ldw, w.data());
     const float bias = p.bias != nullptr ? to_float(static_cast<const E*>(p.bias)[j]) : 0.0F;
     for (std::size_t i = 0; i < m; ++i) {
       float sum = 0;
@@ -321,7 +326,7 @@ struct Device::Implementation {
     detail::refuse_while_recording(recording, call);
   }
   void check_range(std::string_view call, const void* p, std::size_t bytes) const {
-    require<DeviceError>(memory.holds(p, bytes), "m2lm::cuda::Device::", call, ": ", bytes,
+    require<DeviceError>(bytes == 0 || memory.holds(p, bytes), "m2lm::cuda::Device::", call, ": ", bytes,
                          " bytes that are not all in one allocation of this device");
   }
 
@@ -342,8 +347,6 @@ struct Device::Implementation {
       }
       const Memory::Opened opened(memory);
       step.run();
-    } catch (const DeviceError& error) {  // of the engine: it names the kernel
-      fault = error.what();
     } catch (const std::exception& error) {
       fault = concat(step.name, ": ", error.what());
     }
@@ -427,12 +430,13 @@ inline void Device::copy_to_device(void* to, std::size_t bytes, std::size_t unit
   self.check_host_call("copy_to_device");
   detail::require_unit(bytes, unit);
   self.check_range("copy_to_device", to, bytes);
-  const std::size_t chunk = std::max(self.machine.staging_bytes / unit, std::size_t{1}) * unit;
+  constexpr std::size_t most_chunks = 64;
+  const std::size_t chunk = std::max(std::max(self.machine.staging_bytes, bytes / most_chunks) / unit, std::size_t{1}) * unit;
   for (std::size_t first = 0; first < bytes; first += chunk) {
     const std::size_t count = std::min(chunk, bytes - first);
     self.staging.assign(count, std::byte{0xFF});
     fill(self.staging.data(), first, count);
-    const Implementation::Memory::Opened opened(self.memory);
+    const Implementation::Memory::Opened opened(self.memory, static_cast<std::byte*>(to) + first, count);
     std::memcpy(static_cast<std::byte*>(to) + first, self.staging.data(), count);
   }
 }
@@ -442,8 +446,9 @@ inline void Device::copy_to_host(void* to, const void* from, std::size_t bytes) 
   self.check_range("copy_to_host", from, bytes);
   require<DeviceError>(bytes == 0 || !self.memory.in_range(to), "m2lm::cuda::Device::copy_to_host: `to` is device memory");
   self.wait("copy_to_host");
-  const Implementation::Memory::Opened opened(self.memory);
-  if (bytes != 0) std::memcpy(to, from, bytes);
+  if (bytes == 0) return;
+  const Implementation::Memory::Opened opened(self.memory, from, bytes);
+  std::memcpy(to, from, bytes);
 }
 inline void Device::synchronize() {
   implementation_->check_host_call("synchronize");

@@ -12,17 +12,18 @@ namespace m2lm {
 M2LM_IMPL Cpu::Cpu(const CpuOptions& options) try {
   const IsaLevel allowed = default_isa();
   const IsaLevel level = options.max_isa && *options.max_isa < allowed ? *options.max_isa : allowed;
-  state_ = std::make_shared<State>(options.threads, &detail::kernel_table(level, options.bf16_dot.value_or(detail::fast_bf16_dot())));
+  state_ =
+      std::make_shared<State>(options.threads, &detail::kernel_table(level, options.bf16_dot.value_or(detail::fast_bf16_dot()), options.int8_dot));
 } catch (const std::bad_alloc&) {
   detail::throw_out_of_memory("a backend");
 }
 
 namespace detail {
 
-/// The kernels of a format. throws OptionError naming the formats there are.
+/// The kernels of a format of weights. throws OptionError naming the formats there are.
 inline const FormatKernels& cpu_format(const Cpu& cpu, DType format) {
   const FormatKernels* kernels = cpu.kernels().format(format);
-  require<OptionError>(kernels != nullptr, "m2lm::Cpu: no kernels for weights in ", dtype_name(format), "; there are f32 and bf16");
+  require<OptionError>(kernels != nullptr, "m2lm::Cpu: no kernels for weights in ", dtype_name(format), "; there are f32, bf16, q8 and q4");
   return *kernels;
 }
 
@@ -40,50 +41,106 @@ M2LM_IMPL void cpu_for_rows(const Cpu& cpu, std::int64_t rows, std::int64_t elem
   });
 }
 
-M2LM_IMPL PackedMatrix cpu_pack(const Cpu& cpu, std::span<const AnyTensor> sources, DType format, bool gated) {
-  cpu_format(cpu, format);
-  std::int64_t rows = 0;
-  for (const AnyTensor& s : sources) rows += s.shape()[0];
-  const std::int64_t cols = ops::columns_of(sources[0].shape());
-  const std::int64_t k = round_up(cols, k_step_of(format));
-  const std::int64_t step = gated ? panel_width / 2 : panel_width;
-  const std::int64_t panels = round_up(gated ? rows / 2 : rows, step) / step;
-  const std::size_t element = dtype_size(format);
-  const std::size_t bytes = static_cast<std::size_t>(panels * panel_width * k) * element;
-  auto owner = std::make_shared<AlignedBytes>(aligned_bytes(bytes));
-  std::byte* out = owner->get();
+/// Where the rows of `sources` below each other are found.
+struct PackedRows {
+  std::span<const AnyTensor> sources;
+  std::int64_t rows = 0, cols = 0;
+  bool gated = false;
 
-  // Row `lane` of a panel, or -1 in the padding: gated panels hold 16 rows of the first matrix, then 16 of the second.
-  const auto row_of = [&](std::int64_t panel, std::int64_t lane) -> std::int64_t {
-    if (!gated) return panel * step + lane < rows ? panel * step + lane : -1;
-    const std::int64_t in_half = panel * step + lane % step;
-    return in_half < rows / 2 ? in_half + (lane / step) * (rows / 2) : -1;
+  PackedRows(std::span<const AnyTensor> tensors, bool is_gated) : sources(tensors), cols(ops::columns_of(tensors[0].shape())), gated(is_gated) {
+    for (const AnyTensor& s : sources) rows += s.shape()[0];
+  }
+  std::int64_t step() const { return gated ? panel_width / 2 : panel_width; }
+  std::int64_t panels() const { return round_up(gated ? rows / 2 : rows, step()) / step(); }
+
+  struct Row {
+    const AnyTensor* source = nullptr;  // null in the padding
+    std::int64_t row = 0;
   };
-  cpu.pool().run([&](int part) {
-    const Range mine = split(panels, cpu.threads(), part);
-    constexpr std::int64_t chunk = 256;  // inputs at a time, so that the transposition stays in L1
-    float buffer[chunk];
-    for (std::int64_t panel = mine.begin; panel < mine.end; ++panel) {
-      std::byte* to = out + static_cast<std::size_t>(panel * panel_width * k) * element;
-      for (std::int64_t lane = 0; lane < panel_width; ++lane) {
-        std::int64_t row = row_of(panel, lane);
-        const AnyTensor* source = row < 0 ? nullptr : sources.data();
-        while (source && row >= source->shape()[0]) row -= (source++)->shape()[0];
-        for (std::int64_t k0 = 0; k0 < k; k0 += chunk) {
-          const std::int64_t count = std::min(chunk, k - k0);
-          std::memset(buffer, 0, sizeof(buffer));
-          if (source && k0 < cols) source->copy_to(buffer, row * cols + k0, std::min(count, cols - k0));
-          if (format == DType::f32) {
-            for (std::int64_t i = 0; i < count; ++i) reinterpret_cast<float*>(to)[(k0 + i) * panel_width + lane] = buffer[i];
-          } else {
-            for (std::int64_t i = 0; i < count; ++i)
-              reinterpret_cast<Bf16*>(to)[(k0 + i) / 2 * panel_width * 2 + lane * 2 + (k0 + i) % 2] = to_bf16(buffer[i]);
-          }
-        }
+  /// Row `lane` of a panel: gated panels hold 16 rows of the first matrix, then 16 of the second.
+  Row at(std::int64_t panel, std::int64_t lane) const {
+    std::int64_t row = panel * step() + lane % step();
+    if (row >= (gated ? rows / 2 : rows)) return {};
+    if (gated) row += lane / step() * (rows / 2);
+    const AnyTensor* source = sources.data();
+    while (row >= source->shape()[0]) row -= (source++)->shape()[0];
+    return {source, row};
+  }
+};
+
+/// One panel of plain numbers.
+inline void pack_panel(const PackedRows& from, DType format, std::int64_t panel, std::int64_t k, std::byte* to) {
+  constexpr std::int64_t chunk = 256;  // inputs at a time, so that the transposition stays in L1
+  float buffer[chunk];
+  for (std::int64_t lane = 0; lane < panel_width; ++lane) {
+    const auto [source, row] = from.at(panel, lane);
+    for (std::int64_t k0 = 0; k0 < k; k0 += chunk) {
+      const std::int64_t count = std::min(chunk, k - k0);
+      std::memset(buffer, 0, sizeof(buffer));
+      if (source && k0 < from.cols) source->copy_to(buffer, row * from.cols + k0, std::min(count, from.cols - k0));
+      if (format == DType::f32) {
+        for (std::int64_t i = 0; i < count; ++i) reinterpret_cast<float*>(to)[(k0 + i) * panel_width + lane] = buffer[i];
+      } else {
+        for (std::int64_t i = 0; i < count; ++i)
+          reinterpret_cast<Bf16*>(to)[(k0 + i) / 2 * panel_width * 2 + lane * 2 + (k0 + i) % 2] = to_bf16(buffer[i]);
       }
     }
+  }
+}
+
+/// Block `b` of a row. One that is stored in the same format is taken as it is; so is one of 4 bits for 8, whose values are the same.
+template <class Block>
+Block block_of(const AnyTensor& source, std::int64_t row, std::int64_t cols, std::int64_t b) {
+  const std::int64_t first = row * cols + b * block_values;
+  if (source.dtype() == Block::dtype) return load_block<Block>(source.data(), first / block_values);
+  if constexpr (Block::dtype == DType::q8)
+    if (source.dtype() == DType::q4) {
+      const auto narrow = load_block<Q4Block>(source.data(), first / block_values);
+      Q8Block block{.scale = narrow.scale};
+      for (std::int64_t i = 0; i < block_values; ++i) block.values[static_cast<std::size_t>(i)] = static_cast<std::int8_t>(narrow.value(i));
+      return block;
+    }
+  float values[block_values] = {};
+  source.copy_to(values, first, std::min(block_values, cols - b * block_values));
+  return quantise<Block>(values);
+}
+
+template <class Block>
+void pack_panel_of_blocks(const PackedRows& from, std::int64_t panel, std::int64_t k, std::byte* to) {
+  const std::int64_t blocks = k / block_values;
+  for (std::int64_t lane = 0; lane < panel_width; ++lane) {
+    const auto [source, row] = from.at(panel, lane);
+    std::byte* strip = to + lane / strip_width * blocks * tile_bytes(Block::dtype);
+    for (std::int64_t b = 0; b < blocks; ++b)
+      store_in_tile(source ? block_of<Block>(*source, row, from.cols, b) : Block{}, lane % strip_width, strip + b * tile_bytes(Block::dtype));
+  }
+}
+
+/// Bytes of a panel with k inputs.
+inline std::size_t panel_bytes(DType format, std::int64_t k) {
+  if (is_block_format(format)) return static_cast<std::size_t>(panel_width / strip_width * (k / block_values) * tile_bytes(format));
+  return static_cast<std::size_t>(panel_width * k) * dtype_size(format);
+}
+
+M2LM_IMPL PackedMatrix cpu_pack(const Cpu& cpu, std::span<const AnyTensor> sources, DType format, bool gated) {
+  const PackedRows from(sources, gated);
+  const std::int64_t k = round_up(from.cols, cpu_format(cpu, format).k_step), panels = from.panels();
+  const std::size_t each = panel_bytes(format, k), bytes = static_cast<std::size_t>(panels) * each;
+  auto owner = std::make_shared<AlignedBytes>(aligned_bytes(bytes));
+  std::byte* out = owner->get();
+  cpu.pool().run([&](int part) {
+    const Range mine = split(panels, cpu.threads(), part);
+    for (std::int64_t panel = mine.begin; panel < mine.end; ++panel) {
+      std::byte* to = out + static_cast<std::size_t>(panel) * each;
+      if (format == DType::q8)
+        pack_panel_of_blocks<Q8Block>(from, panel, k, to);
+      else if (format == DType::q4)
+        pack_panel_of_blocks<Q4Block>(from, panel, k, to);
+      else
+        pack_panel(from, format, panel, k, to);
+    }
   });
-  PackedMatrix packed{.format = format, .rows = rows, .cols = cols, .gated = gated, .data = {}, .bytes = bytes};
+  PackedMatrix packed{.format = format, .rows = from.rows, .cols = from.cols, .gated = gated, .data = {}, .bytes = bytes};
   packed.data = std::shared_ptr<const std::byte>(owner, out);
   return packed;
 }
@@ -93,9 +150,21 @@ M2LM_IMPL void cpu_linear(const Cpu& cpu, Arena& arena, Matrix<const float> x, c
   const Arena::Scope scope(arena);
   const std::int64_t m = x.extent(0);
   const int parts = cpu.threads();
-  const GemmJob job{.x = x.data(), .ldx = x.stride(0), .w = w.data.get(), .m = m, .n = w.rows, .k = round_up(w.cols, kernels.k_step), .cols = w.cols,
-                    .gated = w.gated, .bias = epilogue.bias, .activation = epilogue.activation, .residual = epilogue.residual.data(),
-                    .ld_residual = epilogue.residual.stride(0), .y = y.data(), .ldy = y.stride(0)};
+  const std::int64_t k = round_up(w.cols, kernels.k_step);
+  GemmJob job{.x = x.data(), .ldx = x.stride(0), .w = w.data.get(), .m = m, .n = w.rows, .k = k, .cols = w.cols,
+              .gated = w.gated, .bias = epilogue.bias, .activation = epilogue.activation, .residual = epilogue.residual.data(),
+              .ld_residual = epilogue.residual.stride(0), .y = y.data(), .ldy = y.stride(0)};
+  if (kernels.quantise) {
+    std::int8_t* values = arena.take<std::int8_t>(m * k);
+    float* scales = arena.take<float>(m * k / block_values);
+    std::int32_t* starts = arena.take<std::int32_t>(m * k / block_values);
+    cpu_for_rows(cpu, m, m * k, [&](std::int64_t i) {
+      kernels.quantise(x.row(i), w.cols, k, values + i * k, scales + i * k / block_values, starts + i * k / block_values);
+    });
+    job.x_values = values;
+    job.x_scales = scales;
+    job.x_starts = starts;
+  }
   const std::size_t scratch_bytes = kernels.gemm_scratch(m);
   std::byte* scratch = arena.take<std::byte>(static_cast<std::int64_t>(scratch_bytes) * parts);
   constexpr std::int64_t worth_a_barrier = 1 << 18;  // products: some microseconds of one thread

@@ -3,6 +3,7 @@
 #pragma once
 
 #include <m2lm/backends/cpu/isa.hpp>
+#include <m2lm/core/blocks.hpp>
 #include <m2lm/ops/attention.hpp>
 #include <m2lm/ops/linear.hpp>
 
@@ -20,9 +21,58 @@ inline constexpr std::int64_t key_block = 128;
 
 constexpr std::int64_t round_up(std::int64_t n, std::int64_t to) { return (n + to - 1) / to * to; }
 
+/// q8 and q4: a panel is two strips of 16 outputs (of a gated matrix: one of each half), a strip is a tile per 32 inputs, so that a
+/// thread reads one stream. A tile holds what one vector instruction takes, 4 inputs of each of 16 outputs, side by side:
+///   q8 [8][16][4] bytes: input 4j + t of output r at [j][r][t], as value + 128
+///   q4 [4][16][4] bytes: inputs 4j + t in the low half, 16 + 4j + t in the high half, as value + 8
+/// and then 16 scales in f16. The bits per weight and the values are those of the blocks (core/blocks.hpp). Both products take the bytes
+/// as unsigned: what the offset adds, offset · Σ inputs, is known from x alone and subtracted before (`GemmJob::x_starts`).
+inline constexpr std::int64_t strip_width = 16;
+constexpr std::int64_t tile_values_bytes(DType format) { return strip_width * block_values / (format == DType::q8 ? 1 : 2); }
+constexpr std::int64_t tile_bytes(DType format) { return tile_values_bytes(format) + strip_width * 2; }
+constexpr std::int32_t value_offset(DType format) { return format == DType::q8 ? 128 : 8; }
+
+/// Writes a block as output `lane` of a tile.
+template <class Block>
+void store_in_tile(const Block& block, std::int64_t lane, std::byte* tile) {
+  constexpr std::int64_t groups = Block::dtype == DType::q8 ? 8 : 4;
+  for (std::int64_t j = 0; j < groups; ++j)
+    for (std::int64_t t = 0; t < 4; ++t) {
+      const auto i = static_cast<std::size_t>(4 * j + t);
+      std::byte& to = tile[j * strip_width * 4 + lane * 4 + t];
+      if constexpr (Block::dtype == DType::q8)
+        to = static_cast<std::byte>(block.values[i] + 128);
+      else
+        to = static_cast<std::byte>(block.pairs[i]);
+    }
+  std::memcpy(tile + tile_values_bytes(Block::dtype) + lane * 2, &block.scale, sizeof(Half));
+}
+
+/// Output `lane` of a tile, as the block that it was.
+template <class Block>
+Block load_from_tile(const std::byte* tile, std::int64_t lane) {
+  Block block;
+  constexpr std::int64_t groups = Block::dtype == DType::q8 ? 8 : 4;
+  for (std::int64_t j = 0; j < groups; ++j)
+    for (std::int64_t t = 0; t < 4; ++t) {
+      const auto i = static_cast<std::size_t>(4 * j + t);
+      const auto from = static_cast<std::uint8_t>(tile[j * strip_width * 4 + lane * 4 + t]);
+      if constexpr (Block::dtype == DType::q8)
+        block.values[i] = static_cast<std::int8_t>(from - 128);
+      else
+        block.pairs[i] = from;
+    }
+  std::memcpy(&block.scale, tile + tile_values_bytes(Block::dtype) + lane * 2, sizeof(Half));
+  return block;
+}
+
 struct GemmJob {
   const float* x = nullptr;
   std::int64_t ldx = 0;
+  /// With weights in blocks, instead of x: its rows as FormatKernels::quantise makes them, k and k/32 elements apart.
+  const std::int8_t* x_values = nullptr;
+  const float* x_scales = nullptr;
+  const std::int32_t* x_starts = nullptr;
   const std::byte* w = nullptr;
   std::int64_t m = 0, n = 0, k = 0;  ///< n counts rows of w; k is padded to the format's step
   std::int64_t cols = 0;             ///< k without padding
@@ -77,7 +127,7 @@ struct TrainingKernels {
   void (*norm_weight_gradient)(const float* dy, std::int64_t ld_dy, const float* x, std::int64_t ldx, const float* mean, const float* inverse,
                                std::int64_t rows, std::int64_t n, float* dweight, float* dbias) = nullptr;
   void (*rope_backward)(float* x, std::int64_t heads, std::int64_t head_dim, const float* cos, const float* sin) = nullptr;
-  void (*transpose_panels)(const std::byte* w, bool bf16, std::int64_t n, std::int64_t k, std::int64_t first, std::int64_t count, float* out) = nullptr;
+  void (*transpose_panels)(const std::byte* w, DType format, std::int64_t n, std::int64_t k, std::int64_t first, std::int64_t count, float* out) = nullptr;
   void (*copy_panel)(const float* x, std::int64_t ldx, std::int64_t rows, std::int64_t columns, std::int64_t first, float* out) = nullptr;
   void (*transpose)(const float* x, std::int64_t ldx, std::int64_t rows, std::int64_t columns, float* out, std::int64_t ldo) = nullptr;
   std::int64_t (*attention_backward_floats)(std::int64_t keys, std::int64_t head_dim) = nullptr;
@@ -90,6 +140,10 @@ struct TrainingKernels {
 struct FormatKernels {
   bool bf16_activations = false;  ///< x is rounded to bf16, and so are q and the probabilities of attention
   std::int64_t k_step = 1;        ///< inputs are padded to a multiple of this
+  /// Weights in blocks: makes a row of x blocks of 8 bits, for all threads and panels: `cols` values, zeros up to k. x[i] is about
+  /// scales[i/32] · values[i], |error| <= scale/2; starts[b] = -offset · Σ values of block b. A block with NaN or infinity has scale NaN.
+  /// Null where the kernels read x itself.
+  void (*quantise)(const float* x, std::int64_t cols, std::int64_t k, std::int8_t* values, float* scales, std::int32_t* starts) = nullptr;
   void (*gemm)(const GemmJob&, int part, int parts, std::byte* scratch) = nullptr;
   std::size_t (*gemm_scratch)(std::int64_t m) = nullptr;
   void (*attention)(const AttentionJob&, int part, int parts, std::byte* scratch) = nullptr;
@@ -98,23 +152,30 @@ struct FormatKernels {
 
 struct KernelTable {
   IsaLevel level = IsaLevel::baseline;
-  FormatKernels f32{}, bf16{};
+  FormatKernels f32{}, bf16{}, q8{}, q4{};
+  bool int8_dot = false;  ///< q8 and q4 are multiplied by VPDPBUSD
   void (*rms_norm)(const float* x, const float* weight, float eps, float* y, std::int64_t n) = nullptr;
   void (*layer_norm)(const float* x, const float* weight, const float* bias, float eps, float* y, std::int64_t n) = nullptr;
   void (*rope)(float* x, std::int64_t heads, std::int64_t head_dim, const float* cos, const float* sin) = nullptr;
   void (*add)(float* x, const float* addend, std::int64_t n) = nullptr;
   TrainingKernels training{};
 
-  /// The kernels of a format, or null where the CPU backend has none.
+  /// The kernels of a format of weights, or null where the CPU backend has none. Those of blocks have no attention.
   const FormatKernels* format(DType dtype) const {
     if (dtype == DType::f32) return &f32;
     if (dtype == DType::bf16) return &bf16;
+    if (dtype == DType::q8) return &q8;
+    if (dtype == DType::q4) return &q4;
     return nullptr;
   }
 };
 
-/// The table of a level. requires a level that this machine has. `bf16_dot`: multiply bf16 by VDPBF16PS where the level has it.
-const KernelTable& kernel_table(IsaLevel level, bool bf16_dot);
+/// The table of a level. requires a level that this machine has. `bf16_dot`: multiply bf16 by VDPBF16PS where the level has it;
+/// `int8_dot`: multiply bytes by VPDPBUSD where level and machine have it.
+const KernelTable& kernel_table(IsaLevel level, bool bf16_dot, bool int8_dot);
+
+/// Whether a level has VPDPBUSD on this machine: avx512_bf16 always, avx512 with AVX-512 VNNI, avx2 with AVX-VNNI.
+bool has_int8_dot(IsaLevel level);
 
 /// Whether to multiply bf16 by VDPBF16PS when nobody says: on AMD, where it is expected to do twice the products of f32 FMA (not
 /// measured yet), and not elsewhere: on an Intel Xeon with AMX it did half (118 against 236 GFLOP/s of one core, bench/compare).

@@ -8,6 +8,7 @@
 #include <cstdlib>
 
 #if M2LM_X86_64
+#include <cpuid.h>
 #include <immintrin.h>
 #endif
 
@@ -17,6 +18,10 @@ namespace m2lm::detail::cpu_baseline {
 #include <m2lm/backends/cpu/kernels/kernels.inc.hpp>
 #include <m2lm/backends/cpu/kernels/training.inc.hpp>
 }  // namespace m2lm::detail::cpu_baseline
+namespace m2lm::detail::cpu_baseline::floats {
+#include <m2lm/backends/cpu/kernels/bytes_baseline.inc.hpp>
+#include <m2lm/backends/cpu/kernels/blocks.inc.hpp>
+}  // namespace m2lm::detail::cpu_baseline::floats
 
 #if M2LM_X86_64
 M2LM_REGION_BEGIN("avx2,fma,f16c")
@@ -25,6 +30,20 @@ namespace m2lm::detail::cpu_avx2 {
 #include <m2lm/backends/cpu/kernels/kernels.inc.hpp>
 #include <m2lm/backends/cpu/kernels/training.inc.hpp>
 }  // namespace m2lm::detail::cpu_avx2
+namespace m2lm::detail::cpu_avx2::shorts {
+#include <m2lm/backends/cpu/kernels/bytes_avx2.inc.hpp>
+#include <m2lm/backends/cpu/kernels/dot_of_shorts.inc.hpp>
+#include <m2lm/backends/cpu/kernels/blocks.inc.hpp>
+}  // namespace m2lm::detail::cpu_avx2::shorts
+M2LM_REGION_END
+
+M2LM_REGION_BEGIN("avx2,fma,f16c,avxvnni")
+namespace m2lm::detail::cpu_avx2::vnni {
+#include <m2lm/backends/cpu/kernels/bytes_avx2.inc.hpp>
+inline Ints dot_four(Ints sum, Ints w, Ints x) { return _mm256_dpbusd_avx_epi32(sum, w, x); }
+#include <m2lm/backends/cpu/kernels/dot_vnni.inc.hpp>
+#include <m2lm/backends/cpu/kernels/blocks.inc.hpp>
+}  // namespace m2lm::detail::cpu_avx2::vnni
 M2LM_REGION_END
 
 M2LM_REGION_BEGIN("avx2,fma,f16c,avx512f,avx512bw,avx512dq,avx512vl")
@@ -33,6 +52,21 @@ namespace m2lm::detail::cpu_avx512 {
 #include <m2lm/backends/cpu/kernels/kernels.inc.hpp>
 #include <m2lm/backends/cpu/kernels/training.inc.hpp>
 }  // namespace m2lm::detail::cpu_avx512
+namespace m2lm::detail::cpu_avx512::shorts {
+#include <m2lm/backends/cpu/kernels/bytes_avx512.inc.hpp>
+#include <m2lm/backends/cpu/kernels/dot_of_shorts.inc.hpp>
+#include <m2lm/backends/cpu/kernels/blocks.inc.hpp>
+}  // namespace m2lm::detail::cpu_avx512::shorts
+M2LM_REGION_END
+
+// Serves level avx512_bf16 too.
+M2LM_REGION_BEGIN("avx2,fma,f16c,avx512f,avx512bw,avx512dq,avx512vl,avx512vnni")
+namespace m2lm::detail::cpu_avx512::vnni {
+#include <m2lm/backends/cpu/kernels/bytes_avx512.inc.hpp>
+inline Ints dot_four(Ints sum, Ints w, Ints x) { return _mm512_dpbusd_epi32(sum, w, x); }
+#include <m2lm/backends/cpu/kernels/dot_vnni.inc.hpp>
+#include <m2lm/backends/cpu/kernels/blocks.inc.hpp>
+}  // namespace m2lm::detail::cpu_avx512::vnni
 M2LM_REGION_END
 
 #undef M2LM_CPU_NATIVE_BF16
@@ -83,22 +117,51 @@ M2LM_IMPL bool fast_bf16_dot() {
 #endif
 }
 
-M2LM_IMPL const KernelTable& kernel_table(IsaLevel level, [[maybe_unused]] bool bf16_dot) {
+M2LM_IMPL bool has_int8_dot([[maybe_unused]] IsaLevel level) {
+#if M2LM_X86_64
+  if (level >= IsaLevel::avx512) return __builtin_cpu_supports("avx512vnni");
+  unsigned a = 0, b = 0, c = 0, d = 0;  // AVX-VNNI has no name in clang 14's __builtin_cpu_supports
+  return level == IsaLevel::avx2 && __get_cpuid_count(7, 1, &a, &b, &c, &d) != 0 && (a >> 4 & 1U) != 0;
+#else
+  return false;
+#endif
+}
+
+inline KernelTable with_blocks(KernelTable table, const FormatKernels& q8, const FormatKernels& q4, bool int8_dot) {
+  table.q8 = q8;
+  table.q4 = q4;
+  table.int8_dot = int8_dot;
+  return table;
+}
+
+M2LM_IMPL const KernelTable& kernel_table(IsaLevel level, [[maybe_unused]] bool bf16_dot, [[maybe_unused]] bool int8_dot) {
   // Each table is made by code of its own level, so it is made only when that level is asked for.
   switch (level) {
 #if M2LM_X86_64
     case IsaLevel::avx512_bf16: {
-      static const KernelTable with_f32_products = cpu_avx512_bf16::make_table(level, false);
-      static const KernelTable with_dot = cpu_avx512_bf16::make_table(level, true);
-      return bf16_dot ? with_dot : with_f32_products;
+      const auto table = [](bool bf16, bool int8) {
+        const KernelTable plain = cpu_avx512_bf16::make_table(IsaLevel::avx512_bf16, bf16);
+        return int8 ? with_blocks(plain, cpu_avx512::vnni::block_kernels<DType::q8>(), cpu_avx512::vnni::block_kernels<DType::q4>(), true)
+                    : with_blocks(plain, cpu_avx512::shorts::block_kernels<DType::q8>(), cpu_avx512::shorts::block_kernels<DType::q4>(), false);
+      };
+      static const KernelTable tables[2][2] = {{table(false, false), table(false, true)}, {table(true, false), table(true, true)}};
+      return tables[bf16_dot][int8_dot];
     }
     case IsaLevel::avx512: {
-      static const KernelTable table = cpu_avx512::make_table(level, false);
-      return table;
+      static const KernelTable shorts = with_blocks(cpu_avx512::make_table(level, false), cpu_avx512::shorts::block_kernels<DType::q8>(),
+                                                    cpu_avx512::shorts::block_kernels<DType::q4>(), false);
+      if (!int8_dot || !has_int8_dot(level)) return shorts;
+      static const KernelTable vnni =
+          with_blocks(shorts, cpu_avx512::vnni::block_kernels<DType::q8>(), cpu_avx512::vnni::block_kernels<DType::q4>(), true);
+      return vnni;
     }
     case IsaLevel::avx2: {
-      static const KernelTable table = cpu_avx2::make_table(level, false);
-      return table;
+      static const KernelTable shorts = with_blocks(cpu_avx2::make_table(level, false), cpu_avx2::shorts::block_kernels<DType::q8>(),
+                                                    cpu_avx2::shorts::block_kernels<DType::q4>(), false);
+      if (!int8_dot || !has_int8_dot(level)) return shorts;
+      static const KernelTable vnni =
+          with_blocks(shorts, cpu_avx2::vnni::block_kernels<DType::q8>(), cpu_avx2::vnni::block_kernels<DType::q4>(), true);
+      return vnni;
     }
 #else
     case IsaLevel::avx512_bf16:
@@ -107,7 +170,8 @@ M2LM_IMPL const KernelTable& kernel_table(IsaLevel level, [[maybe_unused]] bool 
 #endif
     case IsaLevel::baseline: break;
   }
-  static const KernelTable table = cpu_baseline::make_table(IsaLevel::baseline, false);
+  static const KernelTable table = with_blocks(cpu_baseline::make_table(IsaLevel::baseline, false), cpu_baseline::floats::block_kernels<DType::q8>(),
+                                               cpu_baseline::floats::block_kernels<DType::q4>(), false);
   return table;
 }
 

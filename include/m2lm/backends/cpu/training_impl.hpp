@@ -48,7 +48,7 @@ M2LM_IMPL void cpu_linear_input_gradient(const Cpu& cpu, Arena& arena, Matrix<co
     const Range mine = split(k, parts, part, panel_width);
     for (std::int64_t c0 = mine.begin; c0 < mine.end; c0 += group) {
       const std::int64_t columns = std::min(group, mine.end - c0);
-      training.transpose_panels(w.data.get(), w.format == DType::bf16, n, k_padded, c0, columns, panels);
+      training.transpose_panels(w.data.get(), w.format, n, k_padded, c0, columns, panels);
       const GemmJob job{.x = dy.data(), .ldx = dy.stride(0), .w = reinterpret_cast<const std::byte*>(panels), .m = m, .n = columns, .k = n, .cols = n,
                         .gated = false, .bias = nullptr, .activation = Activation::none, .residual = accumulate ? dx.data() + c0 : nullptr,
                         .ld_residual = dx.stride(0), .y = dx.data() + c0, .ldy = dx.stride(0)};

@@ -106,7 +106,7 @@ class CurrentDevice {
 
 struct Device::Implementation {
   /// What cuBLASLt chooses a kernel by.
-  using ProductKey = std::array<std::int64_t, 13>;
+  using ProductKey = std::array<std::int64_t, 15>;
 
   /// A pinned buffer: copies from its first `used` bytes are enqueued; `copied` is reached when they are done.
   struct Staging {
@@ -292,7 +292,7 @@ struct Device::Implementation {
 
   void multiply(const Product& p) {
     // Row-major [m, n] is column-major [n, m] to cuBLASLt: yᵀ = w·xᵀ, where w [n, k] is a column-major [k, n] to be transposed, and x
-    // [m, k] a column-major [k, m] as it is. Its bias runs along the rows of yᵀ, which are the columns of y.
+    // [m, k] a column-major [k, m] as it is. What is stored as its transpose is transposed once more. Its bias runs along the rows of yᵀ, which are the columns of y.
     const cudaDataType_t type = p.dtype == DType::f32 ? CUDA_R_32F : p.dtype == DType::f16 ? CUDA_R_16F : CUDA_R_16BF;
     const cudaDataType_t out = p.wide_output ? CUDA_R_32F : type;
     const void* c = p.residual != nullptr ? p.residual : p.y;
@@ -304,16 +304,22 @@ struct Device::Implementation {
     const auto describe = [&](cublasLtMatmulDescAttributes_t attribute, const auto& value) {
       require(cublasLtMatmulDescSetAttribute(&operation, attribute, &value, sizeof value), "cublasLtMatmulDescSetAttribute");
     };
-    const cublasOperation_t transposed = CUBLAS_OP_T;
-    describe(CUBLASLT_MATMUL_DESC_TRANSA, transposed);
+    const cublasOperation_t of_w = p.transpose_w ? CUBLAS_OP_N : CUBLAS_OP_T, of_x = p.transpose_x ? CUBLAS_OP_T : CUBLAS_OP_N;
+    describe(CUBLASLT_MATMUL_DESC_TRANSA, of_w);
+    describe(CUBLASLT_MATMUL_DESC_TRANSB, of_x);
     const cublasLtEpilogue_t epilogue = epilogue_of(p);
     describe(CUBLASLT_MATMUL_DESC_EPILOGUE, epilogue);
     if (p.bias != nullptr) describe(CUBLASLT_MATMUL_DESC_BIAS_POINTER, p.bias);
 
     cublasLtMatrixLayoutOpaque_t a{}, b{}, residual{}, d{};
     const auto unsigned_size = [](std::int64_t n) { return static_cast<std::uint64_t>(n); };
-    require(cublasLtMatrixLayoutInit(&a, type, unsigned_size(p.k), unsigned_size(p.n), p.k), "cublasLtMatrixLayoutInit");
-    require(cublasLtMatrixLayoutInit(&b, type, unsigned_size(p.k), unsigned_size(p.m), p.ldx), "cublasLtMatrixLayoutInit");
+    const std::int64_t ldw = detail::ldw_of(p);
+    const auto stored = [&](cublasLtMatrixLayoutOpaque_t& layout, std::int64_t rows, bool transpose, std::int64_t ld) {
+      const std::int64_t width = transpose ? rows : p.k, height = transpose ? p.k : rows;
+      require(cublasLtMatrixLayoutInit(&layout, type, unsigned_size(width), unsigned_size(height), ld), "cublasLtMatrixLayoutInit");
+    };
+    stored(a, p.n, p.transpose_w, ldw);
+    stored(b, p.m, p.transpose_x, p.ldx);
     require(cublasLtMatrixLayoutInit(&residual, out, unsigned_size(p.n), unsigned_size(p.m), ldc), "cublasLtMatrixLayoutInit");
     require(cublasLtMatrixLayoutInit(&d, out, unsigned_size(p.n), unsigned_size(p.m), p.ldy), "cublasLtMatrixLayoutInit");
 
@@ -329,7 +335,9 @@ struct Device::Implementation {
                          p.m,
                          p.n,
                          p.k,
+                         (p.transpose_x ? 2 : 0) + (p.transpose_w ? 1 : 0),
                          p.ldx,
+                         ldw,
                          ldc,
                          p.ldy,
                          alignments[0],

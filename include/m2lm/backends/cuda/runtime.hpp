@@ -36,15 +36,18 @@ struct LaunchShape {
   std::size_t shared_bytes = 0;  ///< dynamic shared memory
 };
 
-/// y = x·wᵀ (+ bias) (activation) (+ residual), all row-major. requires activation none, relu or gelu_tanh: what cuBLASLt has as an
-/// epilogue (its GELU is the tanh form); a residual only with activation none, a bias only without wide_output; x, w and y hold elements
-/// of `dtype` (f32, f16 or bf16), y f32 instead where wide_output.
+/// y = x·wᵀ (+ bias) (activation) (+ residual), all row-major; x or w may be stored as its transpose, as gradients want it. requires
+/// activation none, relu or gelu_tanh: what cuBLASLt has as an epilogue (its GELU is the tanh form); a residual only with activation none, a
+/// bias only without wide_output; x, w and y hold elements of `dtype` (f32, f16 or bf16), y f32 instead where wide_output.
 struct Product {
   DType dtype = DType::bf16;
   bool wide_output = false;
-  const void* x = nullptr;
+  const void* x = nullptr;  ///< [m, k]
   std::int64_t ldx = 0;
-  const void* w = nullptr;  ///< [n, k], rows of k
+  bool transpose_x = false;  ///< x is stored as [k, m]
+  const void* w = nullptr;   ///< [n, k]
+  std::int64_t ldw = 0;      ///< 0: its rows follow each other
+  bool transpose_w = false;  ///< w is stored as [k, n]
   std::int64_t m = 0, n = 0, k = 0;
   const void* bias = nullptr;  ///< [n] of `dtype` on a 16-byte border, or null
   Activation activation = Activation::none;

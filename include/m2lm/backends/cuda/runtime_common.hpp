@@ -87,9 +87,13 @@ struct ProductText {
   const Product& product;
   std::string string() const {
     const Product& p = product;
-    return concat("x [", p.m, ", ", p.k, "] by w [", p.n, ", ", p.k, "] of ", dtype_name(p.dtype), p.wide_output ? ", y of f32" : "");
+    return concat("x [", p.m, ", ", p.k, p.transpose_x ? "] (transposed)" : "]", " by w [", p.n, ", ", p.k, p.transpose_w ? "] (transposed)" : "]",
+                  " of ", dtype_name(p.dtype), p.wide_output ? ", y of f32" : "");
   }
 };
+
+/// Between the rows of w as it is stored.
+inline std::int64_t ldw_of(const Product& p) { return p.ldw != 0 ? p.ldw : p.transpose_w ? p.n : p.k; }
 
 /// throws OptionError or ShapeError for a product that cuBLASLt has not in one call: its bias has the type of y and stands on a 16-byte
 /// border, and its residual is added before the activation.
@@ -104,7 +108,9 @@ inline void check_product(const Product& p) {
   require<OptionError>(reinterpret_cast<std::uintptr_t>(p.bias) % 16 == 0, who, text, ": the bias stands on no 16-byte border");
   require(p.m >= 0 && p.n >= 0 && p.k >= 1, who, text, ": a size is negative, or k is 0");
   require(p.m == 0 || p.n == 0 || (p.x != nullptr && p.w != nullptr && p.y != nullptr), who, text, ": x, w or y is null");
-  require(p.ldx >= p.k && p.ldy >= p.n && (p.residual == nullptr || p.ld_residual >= p.n), who, text, ": rows overlap");
+  require(p.ldx >= (p.transpose_x ? p.m : p.k) && ldw_of(p) >= (p.transpose_w ? p.n : p.k) && p.ldy >= p.n &&
+              (p.residual == nullptr || p.ld_residual >= p.n),
+          who, text, ": rows overlap");
 }
 
 // ---- recorded steps ---------------------------------------------------------------------------------------------------------

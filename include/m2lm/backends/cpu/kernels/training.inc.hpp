@@ -150,8 +150,26 @@ inline void rope_backward(float* x, std::int64_t heads, std::int64_t head_dim, c
 
 // ---- products -------------------------------------------------------------------------------------------------------------
 
+// transpose_panels of a matrix in blocks. requires first a multiple of 32: a panel of the transpose holds one block of each row.
+template <class Block>
+inline void transpose_blocks(const std::byte* w, std::int64_t n, std::int64_t k, std::int64_t first, std::int64_t count, float* out) {
+  const std::int64_t strip_bytes = k / block_values * tile_bytes(Block::dtype);
+  for (std::int64_t c0 = 0; c0 < count; c0 += panel_width) {
+    float* panel = out + c0 * n;
+    const std::byte* tiles = w + (first + c0) / block_values * tile_bytes(Block::dtype);
+    const std::int64_t valid = count - c0 < panel_width ? count - c0 : panel_width;
+    for (std::int64_t row = 0; row < n; ++row) {
+      const auto block = load_from_tile<Block>(tiles + row / strip_width * strip_bytes, row % strip_width);
+      for (std::int64_t c = 0; c < valid; ++c) panel[row * panel_width + c] = dequantise(block, c);
+      for (std::int64_t c = valid; c < panel_width; ++c) panel[row * panel_width + c] = 0.0F;
+    }
+  }
+}
+
 // Columns [first, first + count) of a packed matrix [n, k] as f32 panels of its transpose: out[panel][n][32].
-inline void transpose_panels(const std::byte* w, bool bf16, std::int64_t n, std::int64_t k, std::int64_t first, std::int64_t count, float* out) {
+inline void transpose_panels(const std::byte* w, DType format, std::int64_t n, std::int64_t k, std::int64_t first, std::int64_t count, float* out) {
+  if (format == DType::q8) return transpose_blocks<Q8Block>(w, n, k, first, count, out);
+  if (format == DType::q4) return transpose_blocks<Q4Block>(w, n, k, first, count, out);
   for (std::int64_t c0 = 0; c0 < count; c0 += panel_width) {
     float* panel = out + c0 * n;
     const std::int64_t valid = count - c0 < panel_width ? count - c0 : panel_width;
@@ -159,7 +177,7 @@ inline void transpose_panels(const std::byte* w, bool bf16, std::int64_t n, std:
       const std::int64_t block = row / panel_width * panel_width * k, lane = row % panel_width;
       for (std::int64_t c = 0; c < valid; ++c) {
         const std::int64_t column = first + c0 + c;
-        if (bf16) {
+        if (format == DType::bf16) {
           const std::uint32_t bits = static_cast<std::uint32_t>(
                                          reinterpret_cast<const std::uint16_t*>(w)[block + column / 2 * panel_width * 2 + lane * 2 + column % 2])
                                      << 16;

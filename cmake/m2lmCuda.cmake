@@ -1,0 +1,33 @@
+# m2lm::cuda: m2lm::compiled and what a program with CUDA links. Included where CUDAToolkit has been found.
+#
+# m2lm_instantiate(target ALIAS HEADER)
+#   Adds the model ALIAS (such as my::Vlm, a Model on Cuda), which HEADER declares, to the target: a generated .cu that holds its kernels,
+#   and the model itself if HEADER says M2LM_EXTERN_MODEL(template arguments) at global scope. The target's own files need no nvcc.
+#   HEADER is a path, relative to the current source directory, or what stands between <> in an #include. The project has CUDA among
+#   its languages.
+if(NOT TARGET m2lm_cuda)
+  add_library(m2lm_cuda INTERFACE)
+  add_library(m2lm::cuda ALIAS m2lm_cuda)
+  target_link_libraries(m2lm_cuda INTERFACE m2lm::compiled CUDA::cudart CUDA::cublasLt)
+  # cxx_std_20 speaks of C++ only, and CMake 3.25 knows no cuda_std_20 of nvcc 13.
+  target_compile_options(m2lm_cuda INTERFACE $<$<COMPILE_LANGUAGE:CUDA>:-std=c++20>)
+endif()
+
+function(m2lm_instantiate target alias header)
+  get_property(languages GLOBAL PROPERTY ENABLED_LANGUAGES)
+  if(NOT "CUDA" IN_LIST languages)
+    message(FATAL_ERROR "m2lm_instantiate(${target} ${alias} ${header}) needs nvcc: project(... LANGUAGES CXX CUDA), or enable_language(CUDA). "
+      "An nvcc that is not in PATH is named by CMAKE_CUDA_COMPILER or the environment variable CUDACXX")
+  endif()
+  cmake_path(ABSOLUTE_PATH header BASE_DIRECTORY "${CMAKE_CURRENT_SOURCE_DIR}" NORMALIZE OUTPUT_VARIABLE path)
+  if(EXISTS "${path}")
+    set(header "\"${path}\"")
+  else()
+    set(header "<${header}>")
+  endif()
+  string(MAKE_C_IDENTIFIER "${target}_${alias}" name)
+  set(unit "${CMAKE_CURRENT_BINARY_DIR}/m2lm_instantiate/${name}.cu")
+  configure_file("${CMAKE_CURRENT_FUNCTION_LIST_DIR}/m2lmInstantiate.cu.in" "${unit}" @ONLY)
+  target_sources(${target} PRIVATE "${unit}")
+  target_link_libraries(${target} PUBLIC m2lm::cuda)
+endfunction()

@@ -1,0 +1,137 @@
+// Products with weights in blocks (q8, q4), written over a level's Vec and its BlockInputs and BlockWeights: included once per way to
+// multiply bytes, inside a namespace of the level and its target region: no includes, no static locals here.
+//
+// All arithmetic inside a block is exact, and outside it is the same at every level that has fused multiply-adds; so is the rounding
+// of x: those levels agree bit by bit.
+
+inline constexpr int vectors_per_strip = static_cast<int>(strip_width) / width;
+
+// A thread reads its strips from one end to the other; DRAM wants to be asked this far ahead.
+inline constexpr std::int64_t prefetch_distance = 9216;
+// Rows up to which the weights are what a product waits for.
+inline constexpr int prefetch_rows = 4;
+
+// c[Rows][16] = x[Rows][k] · strip. Every output is one chain of fused multiply-adds over the blocks in ascending order, whatever
+// `Rows` is.
+template <DType format, int Rows>
+[[gnu::noinline]] void multiply_strip(const GemmJob& job, std::int64_t row, const std::byte* strip, float* c, std::int64_t ldc) {
+  const std::int64_t blocks = job.k / block_values;
+  const std::int8_t* x = job.x_values + row * job.k;
+  const float* scales = job.x_scales + row * blocks;
+  const std::int32_t* starts = job.x_starts + row * blocks;
+  Vec sum[Rows][vectors_per_strip];
+  M2LM_UNROLL
+  for (int r = 0; r < Rows; ++r)
+    M2LM_UNROLL
+    for (int v = 0; v < vectors_per_strip; ++v) sum[r][v] = set(0.0F);
+  for (std::int64_t b = 0; b < blocks; ++b, strip += tile_bytes(format)) {
+    if constexpr (Rows <= prefetch_rows)
+      for (std::int64_t line = 0; line < tile_bytes(format); line += 64) __builtin_prefetch(strip + prefetch_distance + line);
+    const std::byte* weight_scales = strip + tile_values_bytes(format);
+    M2LM_UNROLL
+    for (int v = 0; v < vectors_per_strip; ++v) {
+      const BlockWeights<format> w(strip + v * width * 4);
+      const Vec weight_scale = load_halves(weight_scales + v * width * 2);
+      M2LM_UNROLL
+      for (int r = 0; r < Rows; ++r) {
+        const Vec product = w.dot(x + r * job.k + b * block_values, starts[r * blocks + b]);
+        sum[r][v] = fma(product * weight_scale, set(scales[r * blocks + b]), sum[r][v]);
+      }
+    }
+  }
+  M2LM_UNROLL
+  for (int r = 0; r < Rows; ++r)
+    M2LM_UNROLL
+    for (int v = 0; v < vectors_per_strip; ++v) store(c + r * ldc + v * width, sum[r][v]);
+}
+
+// Any number of rows, in tiles of block_rows, then of half as many and so on.
+template <DType format, int Rows = block_rows>
+inline void multiply_rows(const GemmJob& job, std::int64_t row, std::int64_t rows, const std::byte* strip, float* c) {
+  std::int64_t r = 0;
+  for (; r + Rows <= rows; r += Rows) multiply_strip<format, Rows>(job, row + r, strip, c + r * panel_width, panel_width);
+  if constexpr (Rows > 1)
+    if (r < rows) multiply_rows<format, Rows / 2>(job, row + r, rows - r, strip, c + r * panel_width);
+}
+
+// Rows that pass by a strip, which stays in L1: their blocks (512 KB) stay in L2 meanwhile.
+inline std::int64_t rows_at_once(std::int64_t k) {
+  const std::int64_t fit = (std::int64_t{1} << 19) / (k > 0 ? k : 1) / block_rows * block_rows;
+  return fit < block_rows ? block_rows : fit > gemm_row_block ? round_up(gemm_row_block, block_rows) : fit;
+}
+
+inline std::size_t block_gemm_scratch(std::int64_t m) {
+  const std::int64_t rows = m < gemm_row_block ? m : round_up(gemm_row_block, block_rows);
+  return static_cast<std::size_t>(rows * panel_width) * sizeof(float);
+}
+
+// Threads share out the panels, and with few panels and many rows the rows too; each walks blocks of rows, and panels inside them.
+template <DType format>
+void block_gemm(const GemmJob& job, int part, int parts, std::byte* scratch) {
+  const std::int64_t step = job.gated ? panel_width / 2 : panel_width;
+  const std::int64_t panels = round_up(job.gated ? job.n / 2 : job.n, step) / step;
+  const std::int64_t strip_bytes = job.k / block_values * tile_bytes(format);
+  int row_parts = 1;
+  while (parts / row_parts % 2 == 0 && panels * row_parts < parts * 4 && job.m >= row_parts * block_rows * 8) row_parts *= 2;
+  const Range my_rows = split(job.m, row_parts, part % row_parts, block_rows);
+  const Range my_panels = split(panels, parts / row_parts, part / row_parts);
+  float* sums = reinterpret_cast<float*>(scratch);
+  const std::int64_t at_once = rows_at_once(job.k);
+  for (std::int64_t row = my_rows.begin; row < my_rows.end; row += at_once) {
+    const std::int64_t rows = my_rows.end - row < at_once ? my_rows.end - row : at_once;
+    for (std::int64_t panel = my_panels.begin; panel < my_panels.end; ++panel) {
+      for (std::int64_t half = 0; half < 2; ++half)
+        multiply_rows<format>(job, row, rows, job.w + (panel * 2 + half) * strip_bytes, sums + half * strip_width);
+      finish_panel(job, sums, row, rows, panel);
+    }
+  }
+}
+
+// Blocks of a row of x: see FormatKernels::quantise.
+template <DType format>
+void quantise_row(const float* x, std::int64_t cols, std::int64_t k, std::int8_t* values, float* scales, std::int32_t* starts) {
+  constexpr int vectors = static_cast<int>(block_values) / width;
+  for (std::int64_t b = 0; b < k / block_values; ++b, values += block_values) {
+    const float* from = x + b * block_values;
+    float edge[block_values] = {};
+    if (const std::int64_t given = cols - b * block_values; given < block_values) {
+      for (std::int64_t i = 0; i < given; ++i) edge[i] = from[i];
+      from = edge;
+    }
+    Vec v[vectors], largest = set(0.0F), nothing = set(0.0F);
+    M2LM_UNROLL
+    for (int i = 0; i < vectors; ++i) {
+      v[i] = load(from + i * width);
+      largest = max(largest, max(v[i], set(0.0F) - v[i]));
+      nothing = nothing + (v[i] - v[i]);  // NaN if an element is not finite
+    }
+    const float scale = reduce_max(largest) / 127.0F;
+    const float inverse = 1.0F / scale;
+    scales[b] = scale + reduce_add(nothing);
+    const bool usable = scales[b] == scale && inverse <= 3.4028234e38F;  // a scale of 0 has no inverse, and a very small one too
+    if (!usable) {
+      __builtin_memset(values, 0, static_cast<std::size_t>(block_values));
+      starts[b] = 0;
+      continue;
+    }
+    Vec total = set(0.0F);
+    M2LM_UNROLL
+    for (int i = 0; i < vectors; ++i) {
+      const Vec rounded = round(v[i] * set(inverse));
+      store_bytes(values + i * width, rounded);
+      total = total + rounded;
+    }
+    starts[b] = -value_offset(format) * static_cast<std::int32_t>(reduce_add(total));
+  }
+}
+
+template <DType format>
+inline FormatKernels block_kernels() {
+  return {.bf16_activations = false,
+          .k_step = block_values,
+          .quantise = &quantise_row<format>,
+          .gemm = &block_gemm<format>,
+          .gemm_scratch = &block_gemm_scratch,
+          .attention = nullptr,
+          .attention_scratch = nullptr};
+}
