@@ -144,7 +144,10 @@ class BasicSession {
   static Tensor<S> prefill(Turns& turns);
   static std::vector<Generation> answer(Turns& turns, const GenerateOptions& options, FunctionRef<void(std::size_t, std::string_view)> on_text = {});
   struct Answering;
+  // Templates of Backend = B, so that `template class BasicSession<M>` leaves out the one that its backend has not.
+  template <class Backend>
   static void decode(Answering& a, Tensor<S> hidden);
+  template <class Backend>
   static void decode_on_device(Answering& a, const Tensor<S>& hidden);
   static std::vector<Score> score(Turns& turns, std::span<const std::vector<std::int32_t>> continuations);
 };
@@ -380,9 +383,9 @@ std::vector<Generation> BasicSession<M>::answer(Turns& turns, const GenerateOpti
   start = Clock::now();
   a.drop_ended();  // no token was asked for
   if constexpr (HostBackend<B>)
-    decode(a, std::move(hidden));
+    decode<B>(a, std::move(hidden));
   else
-    decode_on_device(a, hidden);
+    decode_on_device<B>(a, hidden);
   std::vector<Generation> out;
   for (std::size_t i = 0; i < turns.size(); ++i) {
     a.answers[i]->result.timings.decode_seconds = seconds_since(start);
@@ -394,6 +397,7 @@ std::vector<Generation> BasicSession<M>::answer(Turns& turns, const GenerateOpti
 
 /// Chooses tokens from the last hidden states of all turns, and feeds them, until all answers have ended.
 template <class M>
+template <class Backend>
 void BasicSession<M>::decode(Answering& a, Tensor<S> hidden) {
   const auto& state = *a.model.state_;
   const std::int64_t vocab = a.model.decoder_config().vocab_size;
@@ -447,6 +451,7 @@ void BasicSession<M>::decode(Answering& a, Tensor<S> hidden) {
 /// The same where the device chooses the tokens. While a token travels to the host, the next step is computed already; it is forgotten
 /// if the token turns out to be the last.
 template <class M>
+template <class Backend>
 void BasicSession<M>::decode_on_device(Answering& a, const Tensor<S>& hidden) {
   if (a.active.empty()) return;
   const M& model = a.model;
