@@ -62,7 +62,7 @@ class DeviceDecoding {
     for (const DeviceRow& row : rows) {
       const SamplingOptions& o = *row.options;
       samplers.push_back({.seed = row.rng->seed(), .counter = row.rng->counter(), .temperature = static_cast<float>(o.temperature),
-                          .top_p = static_cast<float>(o.top_p), .min_p = static_cast<float>(o.min_p),
+                          .top_p = o.top_p, .min_p = static_cast<float>(o.min_p),
                           .repetition_penalty = static_cast<float>(o.repetition_penalty), .top_k = o.top_k, .failed = 0});
       penalised_ = penalised_ || o.repetition_penalty != 1;
     }

@@ -11,7 +11,9 @@ namespace m2lm {
 /// How one row's token is chosen: the fields of SamplingOptions, and the state of its Rng.
 struct SamplerRow {
   std::uint64_t seed = 0, counter = 0;  ///< a token that is drawn adds one to the counter
-  float temperature = 0, top_p = 1, min_p = 0, repetition_penalty = 1;
+  float temperature = 0;
+  double top_p = 1;  ///< f64: the limit is f32(1 - top_p), as the host has it
+  float min_p = 0, repetition_penalty = 1;
   std::int32_t top_k = 0;
   std::int32_t failed = 0;  ///< set to 1 when a logit is NaN or +inf, or all are -inf
 };
