@@ -10,4 +10,5 @@
 
 #include <m2lm/backends/cuda/instantiate.cuh>
 #include <m2lm/backends/cuda/kernels/activation.cuh>
+#include <m2lm/backends/cuda/kernels/attention.cuh>
 #include <m2lm/backends/cuda/kernels/rows.cuh>

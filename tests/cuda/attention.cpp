@@ -10,90 +10,30 @@
 //                       |δy| ≤ (e^(2P)·(1 + (3K + 8)·u + u_E) - 1)·Y, Y = Σ p·|v| / Σ p, which the oracle gives for |v|
 //   and y itself is rounded: (1 + u_E)·|δy| + u_E·|y|. In f16 a probability below 2^-14 loses 2^-25 at most (the largest is 1 when it is
 //   rounded), as does y; 2^-100 is for keys whose probability underflows.
-#include <doctest/doctest.h>
-
-#include <m2lm/testing/cuda_emulation_runtime.hpp>
+#include <cuda/device_support.hpp>
 
 #include <m2lm/backends/cuda/kernels/attention.cuh>
 #include <m2lm/backends/reference/reference.hpp>
-#include <m2lm/core/rng.hpp>
 #include <m2lm/core/tensor.hpp>
 
 #include <algorithm>
-#include <cmath>
-#include <cstdio>
-#include <cstring>
-#include <limits>
-#include <span>
-#include <string>
-#include <vector>
 
 namespace {
 
-using namespace m2lm;
+using namespace m2lm_test;
 
 constexpr double u32 = 0x1.0p-24;
-template <class E>
-constexpr double roundoff = std::is_same_v<E, Bf16>   ? 0x1.0p-8
-                            : std::is_same_v<E, Half> ? 0x1.0p-11
-                                                      : u32;
 
-template <class E>
-E rounded(double x) {
-  if constexpr (std::is_same_v<E, float>)
-    return static_cast<float>(x);
-  else if constexpr (std::is_same_v<E, Half>)
-    return to_half(static_cast<float>(x));
-  else
-    return to_bf16(static_cast<float>(x));
+template <std::size_t N>
+std::int64_t one_of(Random& random, const std::int64_t (&values)[N]) {
+  return values[random.integer(0, static_cast<std::int64_t>(N) - 1)];
 }
-
-/// Bytes on the device.
-class OnDeviceBytes {
-  cuda::Device& device_;
-  std::size_t bytes_;
-  void* data_;
-
- public:
-  OnDeviceBytes(cuda::Device& device, std::size_t bytes) : device_(device), bytes_(bytes), data_(device.allocate(bytes == 0 ? 16 : bytes)) {}
-  template <class T>
-  OnDeviceBytes(cuda::Device& device, const std::vector<T>& from) : OnDeviceBytes(device, from.size() * sizeof(T)) {
-    if (bytes_ != 0) device.copy_to_device(data_, from.data(), bytes_);
-  }
-  ~OnDeviceBytes() { device_.release(data_); }
-  OnDeviceBytes(const OnDeviceBytes&) = delete;
-  OnDeviceBytes& operator=(const OnDeviceBytes&) = delete;
-  template <class T>
-  T* as() const {
-    return static_cast<T*>(data_);
-  }
-  template <class T>
-  std::vector<T> host() const {
-    std::vector<T> out(bytes_ / sizeof(T));
-    if (bytes_ != 0) device_.copy_to_host(out.data(), data_, bytes_);
-    return out;
-  }
-};
-
-struct Random {
-  Rng rng;
-  explicit Random(std::uint64_t seed) : rng(seed) {}
-  std::int64_t integer(std::int64_t low, std::int64_t high) {
-    return low + static_cast<std::int64_t>(rng.next() % static_cast<std::uint64_t>(high - low + 1));
-  }
-  bool coin() { return integer(0, 1) == 1; }
-  double value() { return 4 * rng.uniform() - 2; }
-  template <std::size_t N>
-  std::int64_t one_of(const std::int64_t (&values)[N]) {
-    return values[integer(0, static_cast<std::int64_t>(N) - 1)];
-  }
-};
 
 struct Problem {
   std::int64_t tokens = 1, kv_heads = 1, group = 1, head_dim = 64, first = 0;
-  std::int64_t keys_seen = 0;  ///< of a mask without order
-  std::int64_t most_keys = 0;  ///< 0: what there are
-  std::int64_t extra_capacity = 0, extra_columns = 0;
+  std::int64_t keys_seen = 0;                                      ///< of a mask without order
+  std::int64_t most_keys = 0;                                      ///< 0: what there are
+  std::int64_t extra_capacity = 0, extra_columns = 0, offset = 0;  ///< of the rows of q and y, in elements
   AttentionMask mask{.causal = true, .window = 0};
   Sinks sinks{};
   bool position_on_device = false;
@@ -106,8 +46,8 @@ struct Problem {
   double scale() const { return 1 / std::sqrt(static_cast<double>(head_dim)); }
   std::string string() const {
     return concat("tokens=", tokens, " kv_heads=", kv_heads, " group=", group, " head_dim=", head_dim, " keys=", keys(), " first=", first,
-                  " bucket=", bucket(), " capacity=", capacity(), " extra=", extra_columns, " causal=", mask.causal, " window=", mask.window,
-                  sinks.zero_logit ? " with a sink" : "", position_on_device ? " position on the device" : "");
+                  " bucket=", bucket(), " capacity=", capacity(), " extra=", extra_columns, " offset=", offset, " causal=", mask.causal,
+                  " window=", mask.window, sinks.zero_logit ? " with a sink" : "", position_on_device ? " position on the device" : "");
   }
 };
 
@@ -116,56 +56,37 @@ struct Data {
   std::vector<E> q, k, v;  ///< [tokens, heads·d], [kv_heads, keys, d]
   Data(const Problem& p, std::uint64_t seed) {
     Random random(seed);
-    const auto fill = [&](std::vector<E>& out, std::int64_t count, double scale) {
-      out.resize(static_cast<std::size_t>(count));
-      for (E& x : out) x = rounded<E>(scale * random.value());
-    };
-    fill(q, p.tokens * p.heads() * p.head_dim, 1.5);
-    fill(k, p.kv_heads * p.keys() * p.head_dim, 1);
-    fill(v, p.kv_heads * p.keys() * p.head_dim, 1);
+    q = random.elements<E>(p.tokens * p.heads() * p.head_dim, 1.5F);
+    k = random.elements<E>(p.kv_heads * p.keys() * p.head_dim);
+    v = random.elements<E>(p.kv_heads * p.keys() * p.head_dim);
   }
 };
 
 /// The oldest key that any query sees.
 std::int64_t oldest_key(const Problem& p) { return p.mask.window > 0 ? std::max<std::int64_t>(0, p.first - p.mask.window + 1) : 0; }
 
-/// y on the device: the cache holds NaN bytes wherever no query looks, q NaN bytes between its rows, y's gaps are checked.
+/// y on the device. The cache holds NaN bytes wherever no query looks.
 template <class E>
 std::vector<E> attend(cuda::Device& device, const Problem& p, const Data<E>& data) {
-  const std::int64_t d = p.head_dim, columns = p.heads() * d, stride = columns + p.extra_columns;
+  const std::int64_t d = p.head_dim, columns = p.heads() * d;
   const auto cache = [&](const std::vector<E>& rows) {
     std::vector<E> out(static_cast<std::size_t>(p.kv_heads * p.capacity() * d));
-    if (!out.empty()) std::memset(static_cast<void*>(out.data()), 0xFF, out.size() * sizeof(E));
+    std::memset(static_cast<void*>(out.data()), 0xFF, out.size() * sizeof(E));
     for (std::int64_t h = 0; h < p.kv_heads; ++h)
       for (std::int64_t j = oldest_key(p); j < p.keys(); ++j)
         std::copy_n(rows.begin() + (h * p.keys() + j) * d, d, out.begin() + (h * p.capacity() + j) * d);
     return out;
   };
-  const OnDeviceBytes keys(device, cache(data.k)), values(device, cache(data.v));
-  std::vector<E> q(static_cast<std::size_t>(p.tokens * stride));
-  if (!q.empty()) std::memset(static_cast<void*>(q.data()), 0xFF, q.size() * sizeof(E));
-  const std::vector<E> untouched = q;
-  for (std::int64_t t = 0; t < p.tokens; ++t) std::copy_n(data.q.begin() + t * columns, columns, q.begin() + t * stride);
-  const OnDeviceBytes q_device(device, q), y_device(device, untouched);
-  const KeyValues kv{dtype_of<E>, p.kv_heads, d, p.capacity(), keys.template as<std::byte>(), values.template as<std::byte>()};
-  const OnDeviceBytes length(device, std::vector<std::int32_t>{static_cast<std::int32_t>(p.first)});
-  const cuda::Position position{.length = p.position_on_device ? length.template as<std::int32_t>() : nullptr,
-                                .first = p.position_on_device ? -1 : p.first,
-                                .most_keys = p.bucket()};
-  const OnDeviceBytes scratch(device, cuda::attention_scratch<E>(device.properties(), p.tokens, p.heads(), kv, p.bucket()));
-  cuda::attention<E>(device, Matrix<const E>(q_device.template as<E>(), {p.tokens, columns}, {stride, 1}), kv, position, p.mask,
-                     static_cast<float>(p.scale()), Matrix<E>(y_device.template as<E>(), {p.tokens, columns}, {stride, 1}), p.sinks,
-                     scratch.template as<void>());
-  const std::vector<E> wide = y_device.template host<E>();
-  std::vector<E> y;
-  bool gaps = true;
-  for (std::int64_t t = 0; t < p.tokens; ++t) {
-    y.insert(y.end(), wide.begin() + t * stride, wide.begin() + t * stride + columns);
-    for (std::int64_t c = columns; c < stride; ++c)
-      gaps &= std::memcmp(&wide[static_cast<std::size_t>(t * stride + c)], &untouched[static_cast<std::size_t>(t * stride + c)], sizeof(E)) == 0;
-  }
-  CHECK_MESSAGE(gaps, p.string(), ": wrote between the rows of y");
-  return y;
+  const DeviceArray<E> keys(device, cache(data.k)), values(device, cache(data.v));
+  const DeviceMatrix<E> q(device, p.tokens, columns, data.q, p.extra_columns, p.offset), y(device, p.tokens, columns, p.extra_columns, p.offset);
+  const KeyValues kv{
+      dtype_of<E>, p.kv_heads, d, p.capacity(), reinterpret_cast<std::byte*>(keys.data()), reinterpret_cast<std::byte*>(values.data())};
+  const DeviceArray<std::int32_t> length(device, std::vector<std::int32_t>{static_cast<std::int32_t>(p.first)});
+  const cuda::Position position{
+      .length = p.position_on_device ? length.data() : nullptr, .first = p.position_on_device ? -1 : p.first, .most_keys = p.bucket()};
+  const DeviceArray<std::byte> scratch(device, cuda::attention_scratch<E>(device.properties(), p.tokens, p.heads(), kv, p.bucket()));
+  cuda::attention<E>(device, q.const_view(), kv, position, p.mask, static_cast<float>(p.scale()), y.view(), p.sinks, scratch.data());
+  return y.read();
 }
 
 template <class E>
@@ -200,8 +121,7 @@ void check(cuda::Device& device, const Problem& p, std::uint64_t seed) {
   run(v, expected);
   run(magnitude, bound);
 
-  double worst = 0;
-  std::string where;
+  Worst worst;
   for (std::int64_t t = 0; t < p.tokens; ++t)
     for (std::int64_t h = 0; h < p.heads(); ++h) {
       double largest_sum = 0, largest_score = 0;
@@ -224,17 +144,10 @@ void check(cuda::Device& device, const Problem& p, std::uint64_t seed) {
         const auto at = t * columns + h * d + c;
         const double want = expected.data()[at], got = static_cast<double>(to_float(y[static_cast<std::size_t>(at)]));
         const double allowed = (1 + roundoff<E>)*(relative * bound.data()[at] + absolute) + roundoff<E> * std::abs(want) + 0x1.0p-100;
-        const double error = std::abs(got - want), ratio = error == 0 ? 0 : error <= std::numeric_limits<double>::max() ? error / allowed : HUGE_VAL;
-        if (ratio > worst) {
-          worst = ratio;
-          char text[200];
-          std::snprintf(text, sizeof(text), "query %d, head %d, column %d: %.9g instead of %.9g, bound %.3g", static_cast<int>(t),
-                        static_cast<int>(h), static_cast<int>(c), got, want, allowed);
-          where = text;
-        }
+        worst.add(got, want, allowed, at);
       }
     }
-  CHECK_MESSAGE(worst <= 1, dtype_name(dtype_of<E>), " ", p.string(), ": ", where);
+  CHECK_MESSAGE(worst.passed(), dtype_name(dtype_of<E>), " ", p.string(), " at ", worst.where());
 }
 
 void check_all(cuda::Device& device, const Problem& p, std::uint64_t seed) {
@@ -259,8 +172,8 @@ std::int64_t bucket_of(Random& random, std::int64_t keys) {
 Problem random_problem(Random& random, bool few) {
   static constexpr std::int64_t dims[] = {6, 16, 40, 64, 72, 80, 96, 128}, groups[] = {1, 2, 4, 8};
   Problem p;
-  p.head_dim = random.one_of(dims);
-  p.group = random.one_of(groups);
+  p.head_dim = one_of(random, dims);
+  p.group = one_of(random, groups);
   p.kv_heads = random.integer(1, 2);
   p.tokens = few ? random.integer(1, 3) : random.integer(4, 70);
   if (!few && p.tokens * p.group > 70) p.kv_heads = 1, p.tokens = 1 + p.tokens / 4;
@@ -272,7 +185,8 @@ Problem random_problem(Random& random, bool few) {
   p.most_keys = p.ordered() ? bucket_of(random, p.keys()) : 0;
   p.extra_capacity = random.coin() ? random.integer(1, 70) : 0;
   static constexpr std::int64_t extras[] = {0, 0, 8, 16, 5};
-  p.extra_columns = random.one_of(extras);
+  p.extra_columns = one_of(random, extras);
+  if (random.integer(0, 5) == 0) p.offset = 1;
   p.sinks.zero_logit = random.integer(0, 2) == 0;
   p.position_on_device = random.coin();
   return p;
@@ -355,29 +269,23 @@ TEST_CASE("attention: one recorded step serves every length of its bucket") {
   cuda::Device device(0);
   const std::int64_t bucket = 600, d = 64, heads = 4, kv_heads = 2, capacity = 640;
   Random random(77);
-  const auto values = [&](std::int64_t count) {
-    std::vector<Bf16> out(static_cast<std::size_t>(count));
-    for (Bf16& x : out) x = to_bf16(static_cast<float>(random.value()));
-    return out;
+  const auto elements = [&](std::int64_t count) { return random.elements<Bf16>(count); };
+  const DeviceArray<Bf16> k(device, elements(kv_heads * capacity * d)), v(device, elements(kv_heads * capacity * d));
+  const DeviceMatrix<Bf16> q(device, 1, heads * d, elements(heads * d)), y(device, 1, heads * d), plain(device, 1, heads * d);
+  const KeyValues kv{DType::bf16, kv_heads, d, capacity, reinterpret_cast<std::byte*>(k.data()), reinterpret_cast<std::byte*>(v.data())};
+  DeviceArray<std::int32_t> length(device, 1);
+  const DeviceArray<std::byte> scratch(device, cuda::attention_scratch<Bf16>(device.properties(), 1, heads, kv, bucket));
+  const auto run = [&](cuda::Position position, const DeviceMatrix<Bf16>& to) {
+    cuda::attention<Bf16>(device, q.const_view(), kv, position, {.causal = true, .window = 0}, 0.125F, to.view(), {}, scratch.data());
   };
-  const OnDeviceBytes q(device, values(heads * d)), k(device, values(kv_heads * capacity * d)), v(device, values(kv_heads * capacity * d)),
-      y(device, values(heads * d)), plain(device, values(heads * d));
-  const KeyValues kv{DType::bf16, kv_heads, d, capacity, k.as<std::byte>(), v.as<std::byte>()};
-  const OnDeviceBytes length(device, sizeof(std::int32_t));
-  const OnDeviceBytes scratch(device, cuda::attention_scratch<Bf16>(device.properties(), 1, heads, kv, bucket));
-  const Matrix<const Bf16> q_view(q.as<Bf16>(), {1, heads * d});
   int bodies = 0;
   for (const std::int32_t first : {0, 63, 64, 127, 128, 300, 599}) {
-    device.copy_to_device(length.as<void>(), &first, sizeof(first));
+    length.write({first});
     cuda::ReplayKey key;
     key.words[0] = 1;
-    bodies += device.replay(key, [&] {
-      cuda::attention<Bf16>(device, q_view, kv, {.length = length.as<std::int32_t>(), .first = 0, .most_keys = bucket}, {.causal = true, .window = 0},
-                            0.125F, Matrix<Bf16>(y.as<Bf16>(), {1, heads * d}), {}, scratch.as<void>());
-    });
-    cuda::attention<Bf16>(device, q_view, kv, {.length = nullptr, .first = first, .most_keys = bucket}, {.causal = true, .window = 0}, 0.125F,
-                          Matrix<Bf16>(plain.as<Bf16>(), {1, heads * d}), {}, scratch.as<void>());
-    CHECK_MESSAGE(y.host<Bf16>() == plain.host<Bf16>(), "after ", first, " keys");
+    bodies += device.replay(key, [&] { run({.length = length.data(), .first = 0, .most_keys = bucket}, y); });
+    run({.length = nullptr, .first = first, .most_keys = bucket}, plain);
+    CHECK_MESSAGE(same_bits(y.read(), plain.read()), "after ", first, " keys");
   }
   CHECK(bodies == 2);
 }
@@ -394,9 +302,9 @@ TEST_CASE("attention: launches fit the devices, whatever the sizes") {
       static constexpr std::int64_t dims[] = {1, 6, 16, 32, 40, 64, 72, 80, 88, 96, 100, 112, 128, 160, 192, 256, 512},
                                     groups[] = {1, 2, 3, 4, 7, 8, 16};
       cuda::AttentionSizes sizes;
-      sizes.head_dim = random.one_of(dims);
+      sizes.head_dim = one_of(random, dims);
       sizes.kv_heads = random.integer(1, 40);
-      sizes.heads = sizes.kv_heads * random.one_of(groups);
+      sizes.heads = sizes.kv_heads * one_of(random, groups);
       sizes.tokens = random.coin() ? random.integer(1, 9) : random.integer(1, 5000);
       sizes.most_keys = random.coin() ? random.integer(0, 300) : random.integer(0, 131072);
       sizes.window = random.coin() ? 0 : random.integer(1, 5000);
@@ -440,10 +348,11 @@ TEST_CASE("attention: launches fit the devices, whatever the sizes") {
 
 TEST_CASE("attention: errors name both sides") {
   cuda::Device device(0);
-  const OnDeviceBytes memory(device, 4096);
+  const DeviceMatrix<Bf16> memory(device, 1, 2048);
+  auto* const bytes = reinterpret_cast<std::byte*>(memory.view().data());
   const auto message = [&](const KeyValues& kv, std::int64_t columns, std::int64_t most_keys) -> std::string {
     try {
-      const Matrix<Bf16> q(memory.as<Bf16>(), {1, columns});
+      const Matrix<Bf16> q(memory.view().data(), {1, columns});
       cuda::attention<Bf16>(device, q, kv, {.length = nullptr, .first = 0, .most_keys = most_keys}, {.causal = true, .window = 0}, 1.0F, q, {},
                             nullptr);
     } catch (const Error& error) {
@@ -451,7 +360,7 @@ TEST_CASE("attention: errors name both sides") {
     }
     return "";
   };
-  const KeyValues kv{DType::bf16, 2, 8, 16, memory.as<std::byte>(), memory.as<std::byte>()};
+  const KeyValues kv{DType::bf16, 2, 8, 16, bytes, bytes};
   const auto has = [](const std::string& text, const char* piece) { return text.find(piece) != std::string::npos; };
   KeyValues other = kv;
   other.format = DType::f32;

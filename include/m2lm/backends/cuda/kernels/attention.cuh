@@ -1,10 +1,10 @@
-// Attention on a device: checks, chooses a kernel (attention_plan.hpp) and launches it.
+// Attention on a device: checks, chooses a kernel (attention_plan.cuh) and launches it.
 // Floor: backends. May include: core, ops.
 #pragma once
 
 #include <m2lm/backends/cuda/kernels.hpp>
 #include <m2lm/backends/cuda/kernels/attention_decode.cuh>
-#include <m2lm/backends/cuda/kernels/attention_plan.hpp>
+#include <m2lm/backends/cuda/kernels/attention_plan.cuh>
 #include <m2lm/backends/cuda/kernels/attention_prefill.cuh>
 
 #include <algorithm>

@@ -4,7 +4,7 @@
 #pragma once
 
 #include <m2lm/backends/cuda/kernels/attention_common.cuh>
-#include <m2lm/backends/cuda/kernels/attention_plan.hpp>
+#include <m2lm/backends/cuda/kernels/attention_plan.cuh>
 
 namespace m2lm::cuda {
 
