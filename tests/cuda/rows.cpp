@@ -171,7 +171,7 @@ TEST_CASE("rope_angles at positions that the host or the device knows") {
     const DeviceArray<float> f(device, frequencies);
     for (const std::int32_t first : {0, 5, 131000}) {
       const std::int64_t tokens = random.integer(1, 9);
-      const DeviceArray<std::int32_t> length(device, {first});
+      const DeviceArray<std::int32_t> length(device, std::vector<std::int32_t>{first});
       const DeviceMatrix<float> cos(device, tokens, half, 1), sin(device, tokens, half, 1);
       for (const bool on_device : {false, true}) {
         cuda::rope_angles(device, f.data(), on_device ? cuda::Position{.length = length.data(), .first = 77} : cuda::Position{.first = first},
@@ -240,7 +240,7 @@ TEST_CASE_TEMPLATE("rope, and rope_append with what it leaves in the cache", E, 
     for (const bool on_device : {false, true}) {
       const std::int32_t first = 4;
       const DeviceMatrix<E> qkv(device, h.tokens, width, x, h.extra, h.offset);
-      const DeviceArray<std::int32_t> length(device, {first});
+      const DeviceArray<std::int32_t> length(device, std::vector<std::int32_t>{first});
       const DeviceMatrix<E> keys(device, h.kv_heads * capacity, h.head_dim), values(device, h.kv_heads * capacity, h.head_dim);
       const auto untouched = keys.read();
       const KeyValues kv{dtype_of<E>,
