@@ -1,5 +1,5 @@
 // cuda::Device: memory, copies, products, recorded steps and marks, on the emulated device and on a real one.
-#include <m2lm/testing/cuda_emulation_runtime.hpp>
+#include "device_support.hpp"
 
 #include <m2lm/backends/cuda/device.cuh>
 #include <m2lm/backends/cuda/runtime.hpp>
@@ -216,18 +216,8 @@ namespace {
 
 template <class E>
 E narrow(double x) {
-  if constexpr (std::is_same_v<E, Bf16>)
-    return m2lm::to_bf16(static_cast<float>(x));
-  else if constexpr (std::is_same_v<E, Half>)
-    return m2lm::to_half(static_cast<float>(x));
-  else
-    return static_cast<float>(x);
+  return m2lm_test::element<E>(static_cast<float>(x));
 }
-
-template <class E>
-constexpr double epsilon = std::is_same_v<E, Bf16>   ? 0x1.0p-7
-                           : std::is_same_v<E, Half> ? 0x1.0p-10
-                                                     : 0x1.0p-23;
 
 double activate(double x, Activation activation) {
   if (activation == Activation::relu) return std::max(x, 0.0);
@@ -237,9 +227,10 @@ double activate(double x, Activation activation) {
 
 struct Case {
   std::int64_t m, n, k;
-  std::int64_t more_x, more_y, more_residual;  ///< columns that rows have besides
+  std::int64_t more_x, more_y, more_residual;  ///< columns that rows have besides; those of w as those of x
   bool bias, residual, in_place;
   Activation activation;
+  bool transpose_x = false, transpose_w = false;
 };
 
 /// E: elements of x and w; Y: of y and the residual.
@@ -256,8 +247,9 @@ void check_product(Device& device, const Case& c, std::uint32_t seed) {
     for (T& value : values) value = narrow<T>(normal(random));
     return values;
   };
-  const std::int64_t ldx = c.k + c.more_x, ldy = c.n + c.more_y, ldr = c.in_place ? ldy : c.n + c.more_residual;
-  const auto x = make(E{}, c.m * ldx), w = make(E{}, c.n * c.k), bias = make(E{}, c.n);
+  const std::int64_t ldx = (c.transpose_x ? c.m : c.k) + c.more_x, ldw = (c.transpose_w ? c.n : c.k) + c.more_x, ldy = c.n + c.more_y,
+                     ldr = c.in_place ? ldy : c.n + c.more_residual;
+  const auto x = make(E{}, (c.transpose_x ? c.k : c.m) * ldx), w = make(E{}, (c.transpose_w ? c.k : c.n) * ldw), bias = make(E{}, c.n);
   const auto residual = make(Y{}, c.m * ldr);
   const Buffer<E> x_there(device, x), w_there(device, w), bias_there(device, bias);
   const Buffer<Y> residual_there(device, residual);
@@ -268,7 +260,10 @@ void check_product(Device& device, const Case& c, std::uint32_t seed) {
                    .wide_output = !std::is_same_v<E, Y>,
                    .x = x_there.data(),
                    .ldx = ldx,
+                   .transpose_x = c.transpose_x,
                    .w = w_there.data(),
+                   .ldw = c.more_x == 0 ? 0 : ldw,
+                   .transpose_w = c.transpose_w,
                    .m = c.m,
                    .n = c.n,
                    .k = c.k,
@@ -291,8 +286,9 @@ void check_product(Device& device, const Case& c, std::uint32_t seed) {
       }
       double sum = 0, size = 0;
       for (std::int64_t l = 0; l < c.k; ++l) {
-        const double term =
-            static_cast<double>(m2lm::to_float(x[static_cast<std::size_t>(i * ldx + l)])) * m2lm::to_float(w[static_cast<std::size_t>(j * c.k + l)]);
+        const double of_x = m2lm::to_float(x[static_cast<std::size_t>(c.transpose_x ? l * ldx + i : i * ldx + l)]);
+        const double of_w = m2lm::to_float(w[static_cast<std::size_t>(c.transpose_w ? l * ldw + j : j * ldw + l)]);
+        const double term = of_x * of_w;
         sum += term;
         size += std::abs(term);
       }
@@ -300,7 +296,7 @@ void check_product(Device& device, const Case& c, std::uint32_t seed) {
       double expected = activate(sum, c.activation);
       if (c.residual) expected += static_cast<double>(m2lm::to_float(residual[static_cast<std::size_t>(i * ldr + j)]));
       // k f32 additions; the derivative of GELU is below 1.13, and a device's tanh is good to 2^-10; then y is rounded.
-      double bound = 1.13 * static_cast<double>(c.k + 2) * 0x1.0p-24 * (size + std::abs(sum) + 1) + epsilon<Y> * std::abs(expected);
+      double bound = 1.13 * static_cast<double>(c.k + 2) * 0x1.0p-24 * (size + std::abs(sum) + 1) + 2 * m2lm_test::roundoff<Y> * std::abs(expected);
       if (c.activation == Activation::gelu_tanh) bound += 0x1.0p-10 * std::abs(sum);
       CHECK(std::abs(got - expected) <= bound);
     }
@@ -316,6 +312,10 @@ void check_products(Device& device) {
     check_product<E, Y>(device, {m, n, k, 0, 0, 0, false, false, false, Activation::none}, ++seed);
     check_product<E, Y>(device, {m, n, k, 8, 16, 8, false, true, false, Activation::none}, ++seed);
     check_product<E, Y>(device, {m, n, k, 3, 5, 1, false, true, true, Activation::none}, ++seed);
+    for (const bool of_x : {false, true}) {
+      check_product<E, Y>(device, {m, n, k, 0, 0, 0, false, false, false, Activation::none, of_x, true}, ++seed);
+      check_product<E, Y>(device, {m, n, k, 2, 8, 0, false, true, false, Activation::none, of_x, !of_x}, ++seed);
+    }
     for (const Activation activation : {Activation::relu, Activation::gelu_tanh}) {
       check_product<E, Y>(device, {m, n, k, 0, 8, 0, false, false, false, activation}, ++seed);
       if (!wide) check_product<E, Y>(device, {m, n, k, 1, 0, 0, true, false, false, activation}, ++seed);
@@ -371,6 +371,7 @@ TEST_CASE("Products that cuBLASLt has not are refused, with their sizes") {
   CHECK(has(refusal([&](Product& p) { p.bias = memory.data() + 1; }), "16-byte border"));
   CHECK(refusal([](Product& p) { p.ldx = 7; }).starts_with("shape: "));
   CHECK(refusal([](Product& p) { p.ldy = 7; }).starts_with("shape: "));
+  CHECK(refusal([](Product& p) { p.ldw = 7; }).starts_with("shape: "));
   CHECK(refusal([](Product& p) { p.k = 0; }).starts_with("shape: "));
   CHECK(refusal([](Product& p) { p.w = nullptr; }).starts_with("shape: "));
   CHECK(refusal([](Product& p) { p.m = 0; }) == "");  // nothing to do

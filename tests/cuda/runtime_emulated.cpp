@@ -199,6 +199,31 @@ TEST_CASE("Bytes for pinned memory are there when they have been waited for, and
   device.release(p);
 }
 
+TEST_CASE("What is released while a step is recorded is there until the recording ends, also when it ends badly") {
+  const NothingLeaks nothing;
+  Device device(0);
+  auto* const sum = static_cast<float*>(device.allocate_zeroed(4));
+  const auto free = device.available();
+  const auto step = [&](bool fails) {
+    void* const early = device.allocate(1000);
+    const std::int64_t allocations = counts().allocations;
+    device.replay({{1}}, [&] {
+      device.release(early);
+      if (fails) {
+        CHECK(counts().allocations == allocations);
+        throw m2lm::InputError("stop");
+      }
+    });
+  };
+  step(false);
+  CHECK(device.available() == free);
+  CHECK(message_of<m2lm::InputError>([&] { step(true); }) == "stop");
+  CHECK(device.available() == free);
+  step(false);
+  CHECK(device.available() == free);
+  device.release(sum);
+}
+
 TEST_CASE("Allocations that outlive their device are counted") {
   const auto before = counts().lost.load();
   {

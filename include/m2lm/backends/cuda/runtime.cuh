@@ -292,7 +292,8 @@ struct Device::Implementation {
 
   void multiply(const Product& p) {
     // Row-major [m, n] is column-major [n, m] to cuBLASLt: yᵀ = w·xᵀ, where w [n, k] is a column-major [k, n] to be transposed, and x
-    // [m, k] a column-major [k, m] as it is. What is stored as its transpose is transposed once more. Its bias runs along the rows of yᵀ, which are the columns of y.
+    // [m, k] a column-major [k, m] as it is. What is stored as its transpose is transposed once more. The bias of cuBLASLt runs along the
+    // rows of yᵀ, which are the columns of y.
     const cudaDataType_t type = p.dtype == DType::f32 ? CUDA_R_32F : p.dtype == DType::f16 ? CUDA_R_16F : CUDA_R_16BF;
     const cudaDataType_t out = p.wide_output ? CUDA_R_32F : type;
     const void* c = p.residual != nullptr ? p.residual : p.y;
