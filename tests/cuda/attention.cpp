@@ -43,7 +43,9 @@ struct Problem {
   std::int64_t keys() const { return ordered() ? first + tokens : keys_seen; }
   std::int64_t bucket() const { return most_keys != 0 ? most_keys : keys(); }
   std::int64_t capacity() const { return std::max(bucket(), keys()) + extra_capacity; }
-  double scale() const { return 1 / std::sqrt(static_cast<double>(head_dim)); }
+  double sign = 1;  ///< of the scale
+
+  double scale() const { return sign / std::sqrt(static_cast<double>(head_dim)); }
   std::string string() const {
     return concat("tokens=", tokens, " kv_heads=", kv_heads, " group=", group, " head_dim=", head_dim, " keys=", keys(), " first=", first,
                   " bucket=", bucket(), " capacity=", capacity(), " extra=", extra_columns, " offset=", offset, " causal=", mask.causal,
@@ -133,7 +135,7 @@ void check(cuda::Device& device, const Problem& p, std::uint64_t seed) {
           sum += std::abs(term);
           score += term;
         }
-        largest_sum = std::max(largest_sum, p.scale() * sum);
+        largest_sum = std::max(largest_sum, std::abs(p.scale()) * sum);
         largest_score = std::max(largest_score, std::abs(p.scale() * score));
       }
       const auto keys = static_cast<double>(p.keys());
@@ -232,6 +234,7 @@ TEST_CASE("attention: chosen shapes") {
   SUBCASE("several tiles of rows, a group that does not divide them") {
     check<Bf16>(device, {.tokens = 45, .group = 3, .head_dim = 64, .first = 20}, 8);
   }
+  SUBCASE("a scale below 0, many queries") { check<Bf16>(device, {.tokens = 12, .head_dim = 64, .first = 30, .sign = -1}, 13); }
   SUBCASE("the largest head") { check<float>(device, {.tokens = 2, .head_dim = 512, .first = 30}, 9); }
   SUBCASE("a head of no whole piece, many queries") { check<Bf16>(device, {.tokens = 12, .group = 2, .head_dim = 70, .first = 30}, 10); }
   SUBCASE("many queries, keys are split") {

@@ -80,7 +80,7 @@ void attention(Device& device, Matrix<const E> q, const KeyValues& kv, Position 
                        .most_keys = position.most_keys,
                        .window = mask.window,
                        .element_bytes = sizeof(E),
-                       .vectors = vectors && rows_too};
+                       .vectors = vectors && rows_too && scale > 0};
   const AttentionPlan plan = plan_attention(properties.multiprocessors, properties.shared_bytes_per_block, sizes);
   require<CapacityError>(plan.shared_bytes <= properties.shared_bytes_per_block, "m2lm::cuda::attention: heads of ", kv.head_dim, " want ",
                          plan.shared_bytes, " bytes of shared memory, a block of ", properties.name, " has ", properties.shared_bytes_per_block);

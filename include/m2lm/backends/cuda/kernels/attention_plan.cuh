@@ -57,7 +57,7 @@ struct AttentionSizes {
   std::int64_t tokens = 1, heads = 1, kv_heads = 1, head_dim = 1, most_keys = 1;
   std::int64_t window = 0;  ///< keys of a window, or 0
   std::size_t element_bytes = 2;
-  bool vectors = true;  ///< rows of q, y, keys and values can be read in pieces of 16 bytes
+  bool vectors = true;  ///< q, y, keys and values can be read in pieces of 16 bytes, and the scale is above 0
 
   constexpr std::int64_t group() const { return heads / kv_heads; }
   constexpr std::int64_t rows() const { return tokens * group(); }  ///< per key/value head
@@ -72,7 +72,6 @@ struct AttentionPlan {
   std::int64_t keys_per_split = 1;  ///< a multiple of key_tile
   std::int64_t most_splits = 1;     ///< for any window
   std::size_t shared_bytes = 0;
-  bool vectors = true;
 };
 
 namespace detail {
@@ -110,7 +109,7 @@ constexpr std::size_t attention_rows_shared(int rows, int key_tile, int head_dim
 
 /// Chooses. requires heads a multiple of kv_heads, head_dim at most attention_rows_policy.most_head_dim.
 constexpr AttentionPlan plan_attention(int multiprocessors, std::size_t shared_limit, const AttentionSizes& sizes) {
-  AttentionPlan plan{.vectors = sizes.vectors};
+  AttentionPlan plan;
   const std::int64_t rows = sizes.rows();
   const AttentionRowsPolicy& few = attention_rows_policy;
   if (sizes.element_bytes == 2 && sizes.vectors && rows > few.most_rows)

@@ -14,7 +14,7 @@ namespace m2lm::cuda {
 /// layout that the next product wants of its left operand. There is one barrier per tile: behind it the tile is there, and the memory
 /// of the tile before is free for the tile after. Sizes of heads below HeadDim are padded with zeros in shared memory. A NaN among the
 /// values of a key shows in all rows of the block, also in those that do not see the key (0·NaN); but what no row of the block sees
-/// is not read.
+/// is not read. requires a scale above 0: the largest score is the largest product.
 template <class E, int HeadDim>
 M2LM_KERNEL void M2LM_LAUNCH_BOUNDS(attention_tiles_policy<HeadDim>.threads()) attention_tiles(AttentionArguments<E> a) {
   constexpr AttentionTilesPolicy policy = attention_tiles_policy<HeadDim>;
@@ -100,14 +100,6 @@ M2LM_KERNEL void M2LM_LAUNCH_BOUNDS(attention_tiles_policy<HeadDim>.threads()) a
       }
     }
 
-    M2LM_UNROLL
-    for (int b = 0; b < row_blocks; ++b) {
-      M2LM_UNROLL
-      for (int n = 0; n < score_blocks; ++n) {
-        M2LM_UNROLL
-        for (int i = 0; i < 4; ++i) score[b][n][i] *= a.scale_log2;
-      }
-    }
     if (tile < all.begin || tile + key_tile > all.end) {  // some row does not see some key of the tile
       M2LM_UNROLL
       for (int b = 0; b < row_blocks; ++b) {
@@ -127,31 +119,48 @@ M2LM_KERNEL void M2LM_LAUNCH_BOUNDS(attention_tiles_policy<HeadDim>.threads()) a
         }
       }
     }
+    float factor[row_blocks][2];
+    bool same = true;
+    M2LM_UNROLL
+    for (int b = 0; b < row_blocks; ++b) {
+      M2LM_UNROLL
+      for (int half = 0; half < 2; ++half) {
+        float largest = -INFINITY;
+        M2LM_UNROLL
+        for (int n = 0; n < score_blocks; ++n) largest = fmaxf(largest, fmaxf(score[b][n][2 * half], score[b][n][2 * half + 1]));
+        largest = fmaxf(largest, shuffle_xor(largest, 1));  // the four lanes that share a row
+        largest = fmaxf(largest, shuffle_xor(largest, 2));
+        largest = fmaxf(maximum[b][half], largest * a.scale_log2);
+        same = same && largest == maximum[b][half];
+        factor[b][half] = exp2_approx(maximum[b][half] - finite_maximum(largest));
+        maximum[b][half] = largest;
+      }
+    }
+    if (ballot(!same) != 0) {  // after the first tiles a maximum seldom changes
+      M2LM_UNROLL
+      for (int b = 0; b < row_blocks; ++b) {
+        M2LM_UNROLL
+        for (int n = 0; n < out_blocks; ++n) {
+          M2LM_UNROLL
+          for (int i = 0; i < 4; ++i) out[b][n][i] *= factor[b][i / 2];
+        }
+      }
+    }
     std::uint32_t p[row_blocks][score_blocks / 2][4];
     M2LM_UNROLL
     for (int b = 0; b < row_blocks; ++b) {
       M2LM_UNROLL
       for (int half = 0; half < 2; ++half) {
-        float largest = maximum[b][half];
-        M2LM_UNROLL
-        for (int n = 0; n < score_blocks; ++n) largest = fmaxf(largest, fmaxf(score[b][n][2 * half], score[b][n][2 * half + 1]));
-        largest = fmaxf(largest, shuffle_xor(largest, 1));  // the four lanes that share a row
-        largest = fmaxf(largest, shuffle_xor(largest, 2));
-        const float base = finite_maximum(largest), factor = exp2_approx(maximum[b][half] - base);
-        maximum[b][half] = largest;
+        const float base = -finite_maximum(maximum[b][half]);
         float added = 0;
         M2LM_UNROLL
         for (int n = 0; n < score_blocks; ++n) {
-          const float low = exp2_approx(score[b][n][2 * half] - base), high = exp2_approx(score[b][n][2 * half + 1] - base);
+          const float low = exp2_approx(fmaf(score[b][n][2 * half], a.scale_log2, base));
+          const float high = exp2_approx(fmaf(score[b][n][2 * half + 1], a.scale_log2, base));
           added += low + high;
           p[b][n / 2][2 * (n % 2) + half] = pack<E>(low, high);
         }
-        sum[b][half] = sum[b][half] * factor + added;  // this lane's columns only, until the end
-        M2LM_UNROLL
-        for (int n = 0; n < out_blocks; ++n) {
-          out[b][n][2 * half] *= factor;
-          out[b][n][2 * half + 1] *= factor;
-        }
+        sum[b][half] = sum[b][half] * factor[b][half] + added;  // this lane's columns only, until the end
       }
     }
 
