@@ -96,4 +96,40 @@ std::size_t sample_scratch(std::int64_t rows, std::int64_t vocab);
 /// [rows, ⌈vocab/32⌉] words; null when no row has a repetition penalty). A row that has failed gives -1. Logits are overwritten.
 void sample(Device& device, Matrix<float> logits, SamplerRow* rows, std::uint32_t* seen, std::int32_t* ids, void* scratch);
 
+// ---- backward.cuh -----------------------------------------------------------------------------------------------------------
+
+// The gradients of ops/*.hpp, which say what each computes and what may alias what. Empty views and null pointers are left out as there.
+// Sums are in f32 and in an order that depends on sizes alone.
+
+/// dx (+)= dy·w. throws OptionError for a quantised w.
+template <class E>
+void linear_input_gradient(Device& device, Matrix<const E> dy, const PackedMatrix& w, Matrix<E> dx, bool accumulate);
+/// dw += dyᵀ·x, db += Σ rows of dy.
+template <class E>
+void linear_weight_gradient(Device& device, Matrix<const E> x, Matrix<const E> dy, Matrix<E> dw, E* db);
+template <class E>
+void activation_backward(Device& device, Matrix<const E> dy, Matrix<const E> z, Activation activation, Matrix<E> dz);
+/// Bytes of scratch that the gradients of norms want where they have dweight or dbias.
+std::size_t norm_backward_scratch(std::int64_t rows);
+template <class E>
+void rms_norm_backward(Device& device, Matrix<const E> dy, Matrix<const E> x, const E* weight, float eps, Matrix<E> dx, bool accumulate, E* dweight,
+                       void* scratch);
+template <class E>
+void layer_norm_backward(Device& device, Matrix<const E> dy, Matrix<const E> x, const E* weight, float eps, Matrix<E> dx, bool accumulate, E* dweight,
+                         E* dbias, void* scratch);
+template <class E>
+void rope_backward(Device& device, Matrix<E> dx, std::int64_t head_dim, Matrix<const float> cos, Matrix<const float> sin);
+/// Bytes of scratch that attention_backward wants.
+std::size_t attention_backward_scratch(std::int64_t queries, std::int64_t heads);
+/// throws OptionError for a head_dim whose tiles a block of this device cannot hold.
+template <class E>
+void attention_backward(Device& device, Matrix<const E> q, Matrix<const E> k, Matrix<const E> v, Matrix<const E> y, Matrix<const E> dy,
+                        std::int64_t head_dim, AttentionMask mask, float scale, Matrix<E> dq, Matrix<E> dk, Matrix<E> dv, void* scratch);
+/// table[ids[i]] += rows[i]; an id outside the table adds nothing.
+template <class E>
+void scatter_add_rows(Device& device, Matrix<const E> rows, const std::int32_t* ids, Matrix<E> table);
+/// Losses are f32.
+template <class E>
+void cross_entropy(Device& device, Matrix<const E> logits, const std::int32_t* targets, float scale, float* losses, Matrix<E> dlogits);
+
 }  // namespace m2lm::cuda
