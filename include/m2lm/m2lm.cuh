@@ -11,4 +11,5 @@
 #include <m2lm/backends/cuda/instantiate.cuh>
 #include <m2lm/backends/cuda/kernels/activation.cuh>
 #include <m2lm/backends/cuda/kernels/attention.cuh>
+#include <m2lm/backends/cuda/kernels/backward.cuh>
 #include <m2lm/backends/cuda/kernels/rows.cuh>
