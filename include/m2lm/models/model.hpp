@@ -651,8 +651,10 @@ auto Model<B, P, D, C...>::hidden_states(const PromptType& prompt, std::span<con
 }
 
 template <class B, Precision P, class D, class... C>
-Generation Model<B, P, D, C...>::generate(const PromptType& prompt, const GenerateOptions& options) const {
-  return session().generate(prompt, options);
+Generation Model<B, P, D, C...>::generate(const PromptType& prompt, const GenerateOptions& options) const try {
+  return Session(*this, options.max_new_tokens).generate(prompt, options);
+} catch (const std::bad_alloc&) {
+  detail::throw_out_of_memory("an answer");
 }
 
 template <class B, Precision P, class D, class... C>
@@ -664,7 +666,7 @@ std::vector<Generation> Model<B, P, D, C...>::generate(std::span<const PromptTyp
   sessions.reserve(prompts.size());
   typename Session::Turns turns;
   for (const PromptType& prompt : prompts) {
-    sessions.push_back(session());
+    sessions.push_back(Session(*this, options.max_new_tokens));
     turns.push_back(std::make_unique<typename Session::Turn>(sessions.back(), prompt));
     Session::prepare(*turns.back(), false);
   }
@@ -710,7 +712,9 @@ std::vector<Score> Model<B, P, D, C...>::score(const PromptType& prompt, std::sp
 template <class B, Precision P, class D, class... C>
 std::vector<Score> Model<B, P, D, C...>::score(const PromptType& prompt, std::optional<std::vector<std::int32_t>> ids,
                                                std::span<const std::vector<std::int32_t>> continuations) const {
-  Session scratch = session();
+  std::int64_t longest = 0;
+  for (const std::vector<std::int32_t>& ids : continuations) longest = std::max(longest, static_cast<std::int64_t>(ids.size()));
+  Session scratch(*this, longest);
   typename Session::Turns turns;
   turns.push_back(std::make_unique<typename Session::Turn>(scratch, prompt));
   turns[0]->ids = std::move(ids);

@@ -49,6 +49,7 @@ class BasicSession {
   KvCache<B> cache_;
   Rng rng_;
   bool seeded_ = false;
+  std::optional<std::int64_t> new_tokens_;  // of a session for one answer: its cache is made when the prompt's length is known
   std::vector<std::int32_t> history_;    // ids at the cached positions
   std::vector<std::int32_t> pending_;    // chosen, but not yet seen by the decoder
   bool chatting_ = false;                // the cache begins with a rendered chat
@@ -137,6 +138,8 @@ class BasicSession {
 
  private:
   BasicSession(M model, KvCache<B> cache) : model_(std::move(model)), cache_(std::move(cache)) {}
+  /// A session for one prompt and so many tokens behind it.
+  BasicSession(M model, std::int64_t new_tokens) : model_(std::move(model)), new_tokens_(new_tokens) {}
 
   std::int64_t common_prefix(const typename M::Embedded& embedded) const;
   void forget_from(std::int64_t position);
@@ -237,6 +240,11 @@ void BasicSession<M>::prepare(Turn& turn, bool whole) {
     turn.restore.retake();
   } else if (!M2LM_FAULT(31)) {  // what was chosen last goes in front
     turn.embedded.sequence.prepend(s.pending_);
+  }
+  if (s.new_tokens_ && s.cache_.capacity() == 0) {
+    const std::int64_t most = s.model_.decoder_config().max_position_embeddings, wanted = std::max<std::int64_t>(*s.new_tokens_, 0);
+    const std::int64_t positions = wanted < most - turn.tokens() ? turn.tokens() + wanted : most;
+    s.cache_ = state.decoder.make_cache(ctx, s.model_.cache_format(), positions);
   }
   const std::int64_t length = s.cache_.length(), more = turn.tokens() - turn.kept;
   require<CapacityError>(length + more <= s.cache_.capacity(), "m2lm: the prompt needs ", length + more, " positions (", length, " used, ", more,

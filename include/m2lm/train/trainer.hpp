@@ -86,6 +86,7 @@ template <class M>
 class Trainer {
   using B = typename M::Backend;
   using S = typename M::Scalar;
+  static_assert(HostBackend<B>, "m2lm::Trainer: trains on Cpu and Reference; a device has the backward ops, but no optimiser yet");
   using State = std::remove_cvref_t<decltype(m2lm::detail::ModelAccess::state(std::declval<const M&>()))>;
   using Components = decltype(State::component);
   static constexpr std::size_t components = std::tuple_size_v<Components>;
