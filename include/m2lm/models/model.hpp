@@ -713,7 +713,7 @@ template <class B, Precision P, class D, class... C>
 std::vector<Score> Model<B, P, D, C...>::score(const PromptType& prompt, std::optional<std::vector<std::int32_t>> ids,
                                                std::span<const std::vector<std::int32_t>> continuations) const {
   std::int64_t longest = 0;
-  for (const std::vector<std::int32_t>& ids : continuations) longest = std::max(longest, static_cast<std::int64_t>(ids.size()));
+  for (const std::vector<std::int32_t>& tokens : continuations) longest = std::max(longest, static_cast<std::int64_t>(tokens.size()));
   Session scratch(*this, longest);
   typename Session::Turns turns;
   turns.push_back(std::make_unique<typename Session::Turn>(scratch, prompt));
