@@ -12,4 +12,6 @@
 #include <m2lm/backends/cuda/kernels/activation.cuh>
 #include <m2lm/backends/cuda/kernels/attention.cuh>
 #include <m2lm/backends/cuda/kernels/backward.cuh>
+#include <m2lm/backends/cuda/kernels/linear.cuh>
 #include <m2lm/backends/cuda/kernels/rows.cuh>
+#include <m2lm/backends/cuda/kernels/sampling.cuh>

@@ -231,7 +231,7 @@ template <class E>
 struct Impl<PlanKeyValues, BasicCuda<E>> {
   static KeyValuesPlan run(Context<BasicCuda<E>>&, DType format, std::int64_t kv_heads, std::int64_t head_dim, std::int64_t capacity) {
     require<OptionError>(format == dtype_of<E>, "m2lm::Cuda: a KV cache in ", dtype_name(format), " is not supported where activations are in ",
-                         dtype_name(dtype_of<E>), "; give .kv_cache = ", dtype_name(dtype_of<E>));
+                         dtype_name(dtype_of<E>), "; give .kv_cache = ", dtype_name(dtype_of<E>), ", or use BasicCuda<float>, BasicCuda<Half> or BasicCuda<Bf16>");
     return {capacity, static_cast<std::size_t>(kv_heads * capacity * head_dim) * sizeof(E)};
   }
 };
