@@ -36,7 +36,7 @@
 
 namespace m2lm::cuda::emulation {
 
-/// The machine that the emulation pretends to be. A Device takes what holds when it is made.
+/// The machine that the emulation pretends to be. A Device takes what holds when it is made, but for the faults, which hold at once.
 struct Machine {
   int devices = 1;
   detail::NoDevice why_none = detail::NoDevice::no_driver;  ///< where devices == 0
@@ -46,7 +46,8 @@ struct Machine {
   int compute_capability = 90;
   int multiprocessors = 16;
   std::size_t shared_bytes_per_block = 232448;
-  std::optional<std::uint64_t> faulty_launch;  ///< the launch that fails, counted as launches() counts
+  std::optional<std::uint64_t> faulty_launch;       ///< the launch that fails, counted as launches() counts
+  std::optional<std::uint64_t> failing_allocation;  ///< the allocation for which there is no memory, counted as allocations() counts
 };
 
 inline Machine& machine() {
@@ -65,9 +66,10 @@ class MachineScope {
   MachineScope& operator=(const MachineScope&) = delete;
 };
 
-/// Of all devices of the process since it began: launches (replayed ones too), and what is alive or was lost.
+/// Of all devices of the process since it began: launches (replayed ones too), allocations, and what is alive or was lost.
 struct Counts {
   std::atomic<std::uint64_t> launches{0};
+  std::atomic<std::uint64_t> allocated{0};
   std::atomic<std::int64_t> devices{0};
   std::atomic<std::int64_t> allocations{0};
   std::atomic<std::int64_t> pinned{0};
@@ -78,8 +80,9 @@ inline Counts& counts() {
   return counts;
 }
 
-/// Kernel launches and products that have run.
+/// Kernel launches and products that have run, and allocations that were asked for.
 inline std::uint64_t launches() { return counts().launches; }
+inline std::uint64_t allocations() { return counts().allocated; }
 
 namespace detail {
 
@@ -372,7 +375,8 @@ struct Device::Implementation {
   void* allocate(std::size_t bytes, bool zeroed) {
     check_host_call("allocate");
     const std::size_t free = machine.memory_bytes - memory.used();
-    if (emulation::detail::round_up(std::max<std::size_t>(bytes, 1), 64) > free || bytes > machine.memory_bytes)
+    const bool fits = bytes <= free && emulation::detail::round_up(std::max<std::size_t>(bytes, 1), 64) <= free;
+    if (emulation::machine().failing_allocation == emulation::counts().allocated++ || !fits)
       detail::throw_out_of_memory(bytes, free, machine.memory_bytes);
     return memory.allocate(bytes, zeroed);
   }
