@@ -65,7 +65,8 @@ void attention(Device& device, Matrix<const E> q, const KeyValues& kv, Position 
                        "; the largest that there are kernels for is ", attention_rows_policy.most_head_dim);
   require(q.shape() == y.shape() && heads % kv.kv_heads == 0 && heads * kv.head_dim == q.extent(1), "m2lm::cuda::attention: q is ", q.shape(),
           ", y is ", y.shape(), ", keys have ", kv.kv_heads, " heads of ", kv.head_dim);
-  require<CapacityError>(position.most_keys <= kv.capacity && tokens * heads <= all_keys && kv.capacity <= all_keys,
+  // Kernels count rows, keys and the elements of a head in 32 bits.
+  require<CapacityError>(position.most_keys <= kv.capacity && tokens * heads <= all_keys && kv.capacity * kv.head_dim <= all_keys,
                          "m2lm::cuda::attention: ", tokens, " queries of ", heads, " heads over ", position.most_keys, " keys of ", kv.capacity);
   if (tokens == 0 || heads == 0) return;
 
@@ -113,13 +114,10 @@ void attention(Device& device, Matrix<const E> q, const KeyValues& kv, Position 
   const auto block = static_cast<unsigned>(plan.tiles_head_dim != 0 ? AttentionTilesPolicy{}.threads() : attention_rows_policy.threads);
   const LaunchShape shape{
       static_cast<unsigned>(plan.row_tiles), static_cast<unsigned>(kv.kv_heads), static_cast<unsigned>(plan.splits), block, 1, plan.shared_bytes};
-  if constexpr (sizeof(E) == 2) {
-    if (plan.tiles_head_dim != 0)
-      detail::launch_attention_tiles(device, a, plan, shape);
-    else
-      detail::launch_attention_rows(device, a, plan, shape);
-  } else {
+  if (plan.tiles_head_dim == 0) {
     detail::launch_attention_rows(device, a, plan, shape);
+  } else if constexpr (sizeof(E) == 2) {
+    detail::launch_attention_tiles(device, a, plan, shape);
   }
   if (plan.splits > 1) {
     const auto columns = static_cast<unsigned>(detail::divided_up(std::min<std::int64_t>(kv.head_dim, 128), 32) * 32);

@@ -7,7 +7,8 @@
 
 namespace m2lm::cuda {
 
-inline constexpr int all_keys = 1 << 30;
+/// More than there are; added to a position it still fits in 32 bits.
+inline constexpr int all_keys = 1 << 29;
 
 /// Of every attention kernel. A row is a query of one head; the heads of a group read the same keys. Per key/value head the rows are
 /// counted through the group first: row r is query r / group of head r % group of the group. So a block's rows are neighbours in

@@ -143,6 +143,7 @@ M2LM_KERNEL void M2LM_LAUNCH_BOUNDS(attention_rows_policy.threads) attention_row
     copy_async_commit();
   }
   copy_async_wait<0>();
+  __syncthreads();  // the sums lie where tiles were, to which copies may still be on their way
 
   M2LM_UNROLL
   for (int r = 0; r < Rows; ++r) {

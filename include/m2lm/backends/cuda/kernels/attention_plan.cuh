@@ -15,7 +15,7 @@ namespace m2lm::cuda {
 /// query of one head; the rows of a block belong to the heads of one group.
 struct AttentionRowsPolicy {
   int threads = 128;
-  int most_rows = 8;    ///< with 8 a pass is still bound by memory, not by instructions
+  int most_rows = 8;    ///< 8 rows: about as many instructions to issue as an H200 needs to read the keys (counted)
   int most_keys = 128;  ///< of a tile: one per thread
   int least_keys = 16;  ///< of a tile, where head_dim is large
   int most_head_dim = 512;

@@ -68,6 +68,7 @@ M2LM_KERNEL void M2LM_LAUNCH_BOUNDS(attention_tiles_policy<HeadDim>.threads()) a
   const KeySpan any{of_first.begin > work.span.begin ? of_first.begin : work.span.begin, of_last.end < work.span.end ? of_last.end : work.span.end};
   const KeySpan all{of_last.begin > work.span.begin ? of_last.begin : work.span.begin, of_first.end < work.span.end ? of_first.end : work.span.end};
 
+  static_assert(policy.stages == 2);
   int stage = 0;
   for (int tile = work.tile_begin; tile < work.span.end; tile += key_tile, stage ^= 1) {
     copy_async_wait<0>();
@@ -181,6 +182,7 @@ M2LM_KERNEL void M2LM_LAUNCH_BOUNDS(attention_tiles_policy<HeadDim>.threads()) a
     }
   }
   copy_async_wait<0>();
+  __syncthreads();  // where no key is seen, copies of q by others may still be on their way
   if (warp_first >= work.row_end) return;
 
   M2LM_UNROLL
