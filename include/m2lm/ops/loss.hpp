@@ -24,11 +24,11 @@ struct CrossEntropy;
 
 /// losses[i] = log(Σ exp(logits[i])) − logits[i, targets[i]], and 0 where targets[i] is ignored_target. Where `dlogits` is not
 /// empty: dlogits = scale · (softmax(logits) − onehot(targets)), the gradient of scale · Σ losses, and 0 in ignored rows. For a
-/// mean, scale = 1 / counted_targets(targets).
+/// mean, scale = 1 / counted_targets(targets). On a device losses are f32.
 /// requires logits [rows, vocabulary], rows targets, losses [rows], dlogits [rows, vocabulary] or empty; dlogits may alias logits.
 /// throws InputError for a target outside the vocabulary that is not ignored_target.
 template <class B>
-void cross_entropy(Context<B>& ctx, Matrix<const ScalarOf<B>> logits, std::span<const std::int32_t> targets, double scale, Vector<ScalarOf<B>> losses,
+void cross_entropy(Context<B>& ctx, Matrix<const ScalarOf<B>> logits, std::span<const std::int32_t> targets, double scale, Vector<AccumulatorOf<B>> losses,
                    Matrix<ScalarOf<B>> dlogits) {
   const auto rows = static_cast<std::int64_t>(targets.size());
   require(logits.extent(0) == rows && losses.extent(0) == rows, "m2lm::ops::cross_entropy: logits are ", logits.shape(), ", losses ",
