@@ -3,6 +3,7 @@
 #pragma once
 
 #include <m2lm/backends/cuda/cuda.hpp>
+#include <m2lm/backends/cuda/training.hpp>
 #include <m2lm/core.hpp>
 #include <m2lm/io/checkpoint.hpp>
 #include <m2lm/io/config.hpp>
