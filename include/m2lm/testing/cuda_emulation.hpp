@@ -450,6 +450,15 @@ std::uint32_t pack(float low, float high) {
   return store<E>(low).bits | static_cast<std::uint32_t>(store<E>(high).bits) << 16;
 }
 
+inline std::uint32_t and_or(std::uint32_t x, std::uint32_t mask, std::uint32_t bits) { return (x & mask) | bits; }
+inline std::uint32_t and_xor(std::uint32_t x, std::uint32_t mask, std::uint32_t bits) { return (x & mask) ^ bits; }
+inline std::uint32_t permute_bytes(std::uint32_t low, std::uint32_t high, std::uint32_t selector) {
+  const std::uint64_t bytes = low | std::uint64_t{high} << 32;
+  std::uint32_t out = 0;
+  for (unsigned i = 0; i < 4; ++i) out |= static_cast<std::uint32_t>(bytes >> 8 * (selector >> 4 * i & 7U) & 0xffU) << 8 * i;
+  return out;
+}
+
 template <class E>
 std::uint32_t subtract_pairs(std::uint32_t a, std::uint32_t b) {
   const auto element = [](std::uint32_t word, unsigned i) { return to_float(E{static_cast<std::uint16_t>(word >> (16 * i) & 0xffffU)}); };

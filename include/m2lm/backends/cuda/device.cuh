@@ -96,6 +96,20 @@ M2LM_DEVICE std::uint32_t pack(float low, float high) {
   return packed;
 }
 
+/// (x & mask) | bits and (x & mask) ^ bits as one instruction: written as C++ they become two where mask and bits are constants.
+M2LM_DEVICE std::uint32_t and_or(std::uint32_t x, std::uint32_t mask, std::uint32_t bits) {
+  std::uint32_t y;
+  asm("lop3.b32 %0, %1, %2, %3, 0xea;" : "=r"(y) : "r"(x), "r"(mask), "r"(bits));
+  return y;
+}
+M2LM_DEVICE std::uint32_t and_xor(std::uint32_t x, std::uint32_t mask, std::uint32_t bits) {
+  std::uint32_t y;
+  asm("lop3.b32 %0, %1, %2, %3, 0x6a;" : "=r"(y) : "r"(x), "r"(mask), "r"(bits));
+  return y;
+}
+/// Four of the eight bytes of low and high, low's first; digit i of `selector` (hexadecimal) says which is byte i.
+M2LM_DEVICE std::uint32_t permute_bytes(std::uint32_t low, std::uint32_t high, std::uint32_t selector) { return __byte_perm(low, high, selector); }
+
 /// a - b of both elements of a register, each rounded once.
 template <class E>
 M2LM_DEVICE std::uint32_t subtract_pairs(std::uint32_t a, std::uint32_t b) {

@@ -58,7 +58,7 @@ struct WeightPiece<E, 1> {
 /// again, so a warp reads 512 consecutive bytes at a time. Each lane sums its pieces in ascending order; then the lanes are summed,
 /// then the warps. x comes from the L1 cache, 16 bytes per lane for both rows.
 template <class E, int Tokens, int N>
-M2LM_KERNEL void M2LM_LAUNCH_BOUNDS(gemv_policy.warps * 32, Tokens == 1 ? 4 : 2)
+M2LM_KERNEL void M2LM_LAUNCH_BOUNDS(gemv_policy.warps * 32, 2)
     gemv(const E* __restrict__ w, int columns, const E* __restrict__ x, std::int64_t ldx, int tokens, int share, FusedEpilogue<E> epilogue) {
   constexpr int rows = gemv_policy.rows, ahead = gemv_policy.ahead;
   M2LM_SHARED float partial[gemv_policy.warps][rows * Tokens];
@@ -76,25 +76,25 @@ M2LM_KERNEL void M2LM_LAUNCH_BOUNDS(gemv_policy.warps * 32, Tokens == 1 ? 4 : 2)
 
   float sum[rows][Tokens] = {};
   const int stride = share * 32 * N;
-  for (int begin = (warp % share * 32 + lane) * N; begin < columns; begin += stride * ahead) {
+  // One batch from column `begin` on; `whole`: no piece of it lies behind the row, so that nothing has to be asked between the loads.
+  const auto batch = [&](int begin, auto whole) {
     WeightPiece<E, N> piece[ahead][rows];
     M2LM_UNROLL
     for (int a = 0; a < ahead; ++a) {
-      const int column = begin + a * stride;
       M2LM_UNROLL
       for (int r = 0; r < rows; ++r)
-        if (column < columns) piece[a][r].read(row[r] + column);
+        if (whole.value || begin + a * stride < columns) piece[a][r].read(row[r] + begin + a * stride);
     }
     M2LM_UNROLL
     for (int a = 0; a < ahead; ++a) {
       const int column = begin + a * stride;
-      if (column >= columns) break;
+      if (!whole.value && column >= columns) break;
       float weight[rows][N];
       M2LM_UNROLL
       for (int r = 0; r < rows; ++r) piece[a][r].values(weight[r]);
       M2LM_UNROLL
       for (int t = 0; t < Tokens; ++t) {
-        if (t >= tokens) break;
+        if (Tokens > 2 && t >= tokens) break;  // 1 and 2 are met exactly
         float input[N];
         load_piece<N>(x + t * ldx + column, input);
         M2LM_UNROLL
@@ -104,7 +104,11 @@ M2LM_KERNEL void M2LM_LAUNCH_BOUNDS(gemv_policy.warps * 32, Tokens == 1 ? 4 : 2)
         }
       }
     }
-  }
+  };
+  const int of_warp = warp % share * 32 * N, whole_steps = (columns - of_warp - 32 * N + stride) / stride;  // in which all lanes have a piece
+  int begin = of_warp + lane * N;
+  for (int i = 0; i < whole_steps / ahead; ++i, begin += stride * ahead) batch(begin, std::true_type{});
+  for (; begin < columns; begin += stride * ahead) batch(begin, std::false_type{});
 
   M2LM_UNROLL
   for (int r = 0; r < rows; ++r) {

@@ -26,11 +26,11 @@ struct Q4Tile {
   template <class E>
   M2LM_DEVICE std::uint32_t pair(int b, int h, int p) const {
     // The bits of q under those of a power of two, 2^7 in bf16 and 2^10 in f16, make that power + q.
-    const std::uint32_t q = word[2 * b + h] >> (4 * p) & 0x000f000fU;
+    const std::uint32_t q = word[2 * b + h] >> (4 * p);
     if constexpr (std::is_same_v<E, Bf16>)
-      return subtract_pairs<E>(q | 0x43004300U, 0x43084308U);  // 128 + q - 136
+      return subtract_pairs<E>(and_or(q, 0x000f000fU, 0x43004300U), 0x43084308U);  // 128 + q - 136
     else
-      return subtract_pairs<E>(q | 0x64006400U, 0x64086408U);  // 1024 + q - 1032
+      return subtract_pairs<E>(and_or(q, 0x000f000fU, 0x64006400U), 0x64086408U);  // 1024 + q - 1032
   }
 };
 
@@ -48,22 +48,27 @@ struct Q8Tile {
   }
   template <class E>
   M2LM_DEVICE std::uint32_t pair(int b, int h, int p) const {
-    const std::uint32_t both = word[4 * b + 2 * h + p / 2] >> (p % 2 * 16), low = both & 0xffU, high = both >> 8 & 0xffU;
+    const std::uint32_t four = word[4 * b + 2 * h + p / 2], selector = p % 2 == 0 ? 0x4140U : 0x4342U;
     if constexpr (std::is_same_v<E, Bf16>) {
-      // 2^23 + value is exact in f32; the difference has at most 8 significant bits, so its upper half is the bf16.
-      const float a = float_of_bits(0x4b000000U | low) - 8388736.0F, c = float_of_bits(0x4b000000U | high) - 8388736.0F;
-      return bits_of_float(a) >> 16 | (bits_of_float(c) & 0xffff0000U);
+      // A bf16 has room for seven of the eight bits: 128 + those, minus 128 where the eighth is set, minus 256 where it is not.
+      const std::uint32_t values = permute_bytes(four, 0, selector);
+      return subtract_pairs<E>(and_or(values, 0x007f007fU, 0x43004300U), and_xor(values, 0x00800080U, 0x43804380U));
     } else {
-      return subtract_pairs<E>(low | high << 16 | 0x64006400U, 0x64806480U);  // 1024 + value - 1152
+      return subtract_pairs<E>(permute_bytes(four, 0x64U, selector), 0x64806480U);  // 1024 + value - 1152
     }
   }
 };
 
 /// The tiles of a matrix, as a kernel walks over them.
 struct QuantisedWeight {
+  static constexpr int scale_bytes = 64;  // of a tile
+
   const std::byte* data;
-  std::int64_t row_tile_bytes;
+  std::int64_t row_tile_bytes, scales_at;
   int row_tiles, column_tiles;
+
+  /// Row tile i; the last one for those that are too many, which are computed and not stored.
+  M2LM_DEVICE const std::byte* row_tile(int i) const { return data + (i < row_tiles ? i : row_tiles - 1) * row_tile_bytes; }
 };
 
 /// A tile in registers, with the scales of the lane's rows g and g + 8: of block 0 in the first word, of block 1 in the second.
@@ -72,9 +77,9 @@ struct ScaledTile {
   Tile values;
   std::uint32_t scales[2];
 
-  M2LM_DEVICE void read(const std::byte* row_of_tiles, int column_tiles, int column_tile, int lane) {
-    values.read(row_of_tiles + static_cast<std::int64_t>(column_tile) * Tile::bytes, lane);
-    load_words(row_of_tiles + static_cast<std::int64_t>(column_tiles) * Tile::bytes + column_tile * 64 + lane / 4 * 8, scales);
+  M2LM_DEVICE void read(const std::byte* tile_values, const std::byte* tile_scales, int lane) {
+    values.read(tile_values, lane);
+    load_words(tile_scales + lane / 4 * 8, scales);
   }
 };
 
@@ -116,24 +121,24 @@ struct Operand<float> {
   }
 };
 
-/// Columns column … column + 7 of a row of x as they lie in memory, zeros where there are none. `pieces`: in_pieces of 16 bytes.
-template <class E>
-M2LM_DEVICE void load_inputs(const E* row, int column, int columns, bool pieces, std::uint32_t (&out)[Operand<E>::words]) {
+/// Eight inputs from `from` on, as they lie in memory; zeros for those behind the first `left`. Pieces: they can be read 16 bytes at a
+/// time (in_pieces, and `left` is a multiple of a piece).
+template <bool Pieces, class E>
+M2LM_DEVICE void load_inputs(const E* from, int left, std::uint32_t (&out)[Operand<E>::words]) {
   constexpr int in_16_bytes = 16 / static_cast<int>(sizeof(E));
   M2LM_UNROLL
   for (int i = 0; i < Operand<E>::words / 4; ++i) {
-    const int first = column + i * in_16_bytes;
     Bytes16 piece{};
-    if (pieces) {
-      if (first < columns) piece = load16(row + first);
+    if constexpr (Pieces) {
+      if (i * in_16_bytes < left) piece = load16(from + i * in_16_bytes);
     } else {
       M2LM_UNROLL
       for (int j = 0; j < in_16_bytes; ++j) {
-        if (first + j >= columns) break;
+        if (i * in_16_bytes + j >= left) break;
         if constexpr (std::is_same_v<E, float>)
-          piece.words[j] = bits_of_float(row[first + j]);
+          piece.words[j] = bits_of_float(from[i * in_16_bytes + j]);
         else
-          piece.words[j / 2] |= static_cast<std::uint32_t>(row[first + j].bits) << (j % 2 * 16);
+          piece.words[j / 2] |= static_cast<std::uint32_t>(from[i * in_16_bytes + j].bits) << (j % 2 * 16);
       }
     }
     M2LM_UNROLL
@@ -194,31 +199,44 @@ inline constexpr FewRowsPolicy few_rows_policy{};
 
 /// y = epilogue(x·wᵀ) for up to 8·TokenTiles rows of x. A block has RowTiles row tiles, and its warps the column tiles in turn: warp i has
 /// tiles i, i + 8, …. Weights go from global memory to the operands of mma without a stop in shared memory; x comes from the L1 cache.
-/// At the end the warps' sums are added in their order.
-template <class E, class Tile, int RowTiles, int TokenTiles>
-M2LM_KERNEL void M2LM_LAUNCH_BOUNDS(few_rows_policy.warps * 32)
-    linear_quantised_few_rows(QuantisedWeight w, const E* __restrict__ x, std::int64_t ldx, int tokens, int columns, bool pieces, FusedEpilogue<E> epilogue) {
+/// At the end the warps' sums are added in their order. (Told how many blocks a multiprocessor is to have, ptxas keeps the loads of a batch
+/// in front of it; left to itself it saves registers by moving them behind the first products.)
+template <class E, class Tile, int RowTiles, int TokenTiles, bool Pieces>
+M2LM_KERNEL void M2LM_LAUNCH_BOUNDS(few_rows_policy.warps * 32, RowTiles * TokenTiles * Operand<E>::terms <= 4 ? 2 : 1)
+    linear_quantised_few_rows(QuantisedWeight w, const E* __restrict__ x, std::int64_t ldx, int tokens, int columns, FusedEpilogue<E> epilogue) {
   constexpr int warps = few_rows_policy.warps, ahead = few_rows_policy.words_ahead / (Tile::words * RowTiles), fragments = RowTiles * TokenTiles;
   static_assert(ahead >= 1);
   M2LM_SHARED float partial[warps][fragments * 4][32];
   const int warp = static_cast<int>(warp_index()), lane = static_cast<int>(lane_index()), g = lane / 4, t = lane % 4;
   const int first_row_tile = static_cast<int>(blockIdx.x) * RowTiles;
 
+  // Where the warp's next tile begins; the tiles of a batch are at constant distances from it.
+  const std::byte* values[RowTiles];
+  const std::byte* scales[RowTiles];
+  const E* inputs[TokenTiles];
+  M2LM_UNROLL
+  for (int r = 0; r < RowTiles; ++r) {
+    values[r] = w.row_tile(first_row_tile + r) + warp * Tile::bytes;
+    scales[r] = w.row_tile(first_row_tile + r) + w.scales_at + warp * QuantisedWeight::scale_bytes;
+  }
+  M2LM_UNROLL
+  for (int i = 0; i < TokenTiles; ++i) inputs[i] = x + (8 * i + g < tokens ? 8 * i + g : tokens - 1) * ldx + warp * 64 + t * 8;  // columns of mma are apart
+
   float sum[RowTiles][TokenTiles][4] = {};
-  for (int begin = warp; begin < w.column_tiles; begin += warps * ahead) {
+  // Column tiles begin, begin + 8, …; `whole`: all of their columns are there, so that nothing has to be asked between the loads.
+  const auto batch = [&](int begin, auto whole) {
     ScaledTile<Tile> tile[ahead][RowTiles];
     M2LM_UNROLL
     for (int a = 0; a < ahead; ++a) {
       M2LM_UNROLL
-      for (int r = 0; r < RowTiles; ++r) {
-        const int row_tile = first_row_tile + r < w.row_tiles ? first_row_tile + r : w.row_tiles - 1;  // one too many is computed, not stored
-        if (begin + a * warps < w.column_tiles) tile[a][r].read(w.data + row_tile * w.row_tile_bytes, w.column_tiles, begin + a * warps, lane);
-      }
+      for (int r = 0; r < RowTiles; ++r)
+        if (whole.value || begin + a * warps < w.column_tiles)
+          tile[a][r].read(values[r] + a * (warps * Tile::bytes), scales[r] + a * (warps * QuantisedWeight::scale_bytes), lane);
     }
     M2LM_UNROLL
     for (int a = 0; a < ahead; ++a) {
       const int column_tile = begin + a * warps;
-      if (column_tile >= w.column_tiles) break;
+      if (!whole.value && column_tile >= w.column_tiles) break;
       M2LM_UNROLL
       for (int b = 0; b < 2; ++b) {
         BlockOperand weight[RowTiles];
@@ -226,15 +244,25 @@ M2LM_KERNEL void M2LM_LAUNCH_BOUNDS(few_rows_policy.warps * 32)
         for (int r = 0; r < RowTiles; ++r) weight[r].template make<typename Operand<E>::Element>(tile[a][r], b);
         M2LM_UNROLL
         for (int i = 0; i < TokenTiles; ++i) {
-          std::uint32_t raw[Operand<E>::words] = {}, input[Operand<E>::terms][4];
-          if (8 * i + g < tokens) load_inputs(x + (8 * i + g) * ldx, column_tile * 64 + b * 32 + t * 8, columns, pieces, raw);
+          std::uint32_t raw[Operand<E>::words], input[Operand<E>::terms][4];
+          load_inputs<Pieces>(inputs[i] + a * (warps * 64) + b * 32, whole.value ? 8 : columns - (column_tile * 64 + b * 32 + t * 8), raw);
           Operand<E>::make(raw, input);
           M2LM_UNROLL
           for (int r = 0; r < RowTiles; ++r) weight[r].template multiply_add<E>(input, sum[r][i]);
         }
       }
     }
-  }
+    M2LM_UNROLL
+    for (int r = 0; r < RowTiles; ++r) {
+      values[r] += ahead * warps * Tile::bytes;
+      scales[r] += ahead * warps * QuantisedWeight::scale_bytes;
+    }
+    M2LM_UNROLL
+    for (int i = 0; i < TokenTiles; ++i) inputs[i] += ahead * warps * 64;
+  };
+  int begin = warp;
+  for (; begin + (ahead - 1) * warps < columns / 64; begin += warps * ahead) batch(begin, std::true_type{});
+  for (; begin < w.column_tiles; begin += warps * ahead) batch(begin, std::false_type{});
 
   M2LM_UNROLL
   for (int f = 0; f < fragments; ++f) {
@@ -326,8 +354,8 @@ M2LM_KERNEL void M2LM_LAUNCH_BOUNDS(Block::threads)
   const auto read = [&](int column_tile, ScaledTile<Tile>(&to)[row_tiles]) {
     M2LM_UNROLL
     for (int r = 0; r < row_tiles; ++r) {
-      const int row_tile = first_row_tile + r < w.row_tiles ? first_row_tile + r : w.row_tiles - 1;  // one too many is computed, not stored
-      to[r].read(w.data + row_tile * w.row_tile_bytes, w.column_tiles, column_tile, lane);
+      const std::byte* const row = w.row_tile(first_row_tile + r);
+      to[r].read(row + static_cast<std::int64_t>(column_tile) * Tile::bytes, row + w.scales_at + column_tile * QuantisedWeight::scale_bytes, lane);
     }
   };
 
@@ -386,29 +414,30 @@ M2LM_KERNEL void M2LM_LAUNCH_BOUNDS(Block::threads)
 
 template <class E, class Tile>
 void enqueue_linear_quantised(Device& device, Matrix<const E> x, const QuantisedLayout& layout, const std::byte* data, const FusedEpilogue<E>& epilogue) {
-  const QuantisedWeight w{data, static_cast<std::int64_t>(layout.row_tile_bytes()), static_cast<int>(layout.row_tiles()), static_cast<int>(layout.column_tiles())};
+  const QuantisedWeight w{data, static_cast<std::int64_t>(layout.row_tile_bytes()), static_cast<std::int64_t>(layout.scales_at()), static_cast<int>(layout.row_tiles()),
+                          static_cast<int>(layout.column_tiles())};
   const bool pieces = x.extent(1) * static_cast<std::int64_t>(sizeof(E)) % 16 == 0 && in_pieces(x.data(), x.stride(0), 16 / static_cast<int>(sizeof(E)));
   const int tokens = static_cast<int>(x.extent(0)), columns = static_cast<int>(x.extent(1));
-  const auto enqueue = [&](const char* name, auto kernel, const LaunchShape& shape) {
-    launch(device, name, kernel, shape, w, x.data(), x.stride(0), tokens, columns, pieces, epilogue);
-  };
   if (tokens <= few_rows_policy.most_tokens) {
     // With more rows of x, two row tiles share what is read of it.
-    const unsigned row_tiles = tokens <= 8 ? 1 : 2;
-    enqueue("linear_quantised_few_rows",
-            tokens <= 8    ? linear_quantised_few_rows<E, Tile, 1, 1>
-            : tokens <= 16 ? linear_quantised_few_rows<E, Tile, 2, 2>
-                           : linear_quantised_few_rows<E, Tile, 2, 4>,
-            {.grid_x = (static_cast<unsigned>(w.row_tiles) + row_tiles - 1) / row_tiles, .block_x = static_cast<unsigned>(few_rows_policy.warps * 32)});
+    const unsigned row_tiles = pieces && tokens <= 8 ? 1 : 2;
+    const auto kernel = !pieces        ? linear_quantised_few_rows<E, Tile, 2, 4, false>
+                        : tokens <= 8  ? linear_quantised_few_rows<E, Tile, 1, 1, true>
+                        : tokens <= 16 ? linear_quantised_few_rows<E, Tile, 2, 2, true>
+                                       : linear_quantised_few_rows<E, Tile, 2, 4, true>;
+    launch(device, "linear_quantised_few_rows", kernel,
+           {.grid_x = (static_cast<unsigned>(w.row_tiles) + row_tiles - 1) / row_tiles, .block_x = static_cast<unsigned>(few_rows_policy.warps * 32)}, w, x.data(),
+           x.stride(0), tokens, columns, epilogue);
     return;
   }
   const bool large = wants_large_blocks(tokens, w.row_tiles, device.properties().multiprocessors);
   const ProductBlock& shape = large ? LargeBlock::shape : SmallBlock::shape;
-  enqueue("linear_quantised_many_rows", large ? linear_quantised_many_rows<E, Tile, LargeBlock> : linear_quantised_many_rows<E, Tile, SmallBlock>,
-          {.grid_x = static_cast<unsigned>((tokens + shape.tokens() - 1) / shape.tokens()),
-           .grid_y = static_cast<unsigned>((w.row_tiles + shape.block_row_tiles() - 1) / shape.block_row_tiles()),
-           .block_x = static_cast<unsigned>(shape.threads()),
-           .shared_bytes = shape.shared_bytes(sizeof(E))});
+  launch(device, "linear_quantised_many_rows", large ? linear_quantised_many_rows<E, Tile, LargeBlock> : linear_quantised_many_rows<E, Tile, SmallBlock>,
+         {.grid_x = static_cast<unsigned>((tokens + shape.tokens() - 1) / shape.tokens()),
+          .grid_y = static_cast<unsigned>((w.row_tiles + shape.block_row_tiles() - 1) / shape.block_row_tiles()),
+          .block_x = static_cast<unsigned>(shape.threads()),
+          .shared_bytes = shape.shared_bytes(sizeof(E))},
+         w, x.data(), x.stride(0), tokens, columns, pieces, epilogue);
 }
 
 }  // namespace m2lm::cuda
