@@ -55,7 +55,7 @@ inline void add_version(CLI::App& app) {
 inline void add_options(CLI::App& app, Options& o) {
   add_version(app);
   app.add_option("--model", o.model, "Directory of a Hugging Face checkpoint")->envname("M2LM_MODEL")->type_name("DIR");
-  app.add_option("--precision", o.precision, "Format of the packed weights")->check(CLI::IsMember({"f32", "bf16"}))->capture_default_str();
+  app.add_option("--precision", o.precision, "Format of the packed weights")->check(CLI::IsMember({"f32", "bf16", "q8", "q4"}))->capture_default_str();
   app.add_option("--template", o.template_name, "Chat template instead of the checkpoint's")->type_name("NAME");
   app.add_option("--threads", o.threads, "Threads to work with; 0 = one per core")->check(CLI::Range(0, 1024))->type_name("N");
   app.add_flag("--check", o.check, "Refuse a checkpoint with NaN or infinity among its weights, and name them");
@@ -221,7 +221,8 @@ template <class M>
 M load_model(const Options& o, Report& report) {
   const Stopwatch watch;
   m2lm::LoadOptions options{.template_name = o.template_name, .check = o.check};
-  options.precision = m2lm::Precision{.weights = o.precision == "f32" ? m2lm::DType::f32 : m2lm::DType::bf16};
+  for (const m2lm::DType format : {m2lm::DType::f32, m2lm::DType::bf16, m2lm::DType::q8, m2lm::DType::q4})
+    if (o.precision == m2lm::dtype_name(format)) options.precision = m2lm::Precision{.weights = format};
   ProgressBar bar;
   options.progress = bar;
   M model = M::from_pretrained(o.model, m2lm::Cpu{{.threads = o.threads}}, options);

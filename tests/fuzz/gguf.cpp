@@ -41,7 +41,7 @@ void read_model(const m2lm::GgufModel& model) {
         const m2lm::AnyTensor tensor = m2lm::GgufModel::read(source);
         check(tensor.shape() == source.file.shape(source.stored), "the order of rows changes no shape");
         const m2lm::GgufFormat* format = source.file.format(source.stored);
-        if (format->quantised || source.heads != 0) unpacked += tensor.bytes();
+        if (!format->in_place() || source.heads != 0) unpacked += tensor.bytes();
       });
     check(unpacked <= model.unpacked_bytes(), "no more is unpacked than was said before");
   });
@@ -76,7 +76,7 @@ extern "C" int LLVMFuzzerTestOneInput(const std::uint8_t* data, std::size_t size
       std::size_t sum = 0;
       for (std::size_t i = 0; i < tensor.bytes(); ++i) sum += std::to_integer<std::size_t>(tensor.data()[i]);
       check(sum <= 255 * tensor.bytes(), "every byte of a tensor can be read");
-      (file.format(name)->quantised ? made : plain) += tensor.bytes();
+      (file.format(name)->in_place() ? plain : made) += tensor.bytes();
     });
   }
   accepted([&] { (void)file.tensor("blk.1.attn_q.weight?"); });  // looks for the nearest name

@@ -390,7 +390,32 @@ TEST_CASE("pack: blocks of a checkpoint are packed bit for bit") {
   };
   check_blocks(random_blocks(DType::q8), Q8Block{}, Q8Block{});
   check_blocks(random_blocks(DType::q4), Q4Block{}, Q4Block{});
-  check_blocks(random_blocks(DType::q4), Q8Block{}, Q4Block{});  // 8 bits hold what 4 do
+}
+
+TEST_CASE("pack: blocks stay as they are unless f32 is asked for, or fewer bits; a mix goes to 8 bits, which hold what 4 do") {
+  Random random(308);
+  constexpr std::int64_t rows = 16, columns = 64;
+  Runner<Cpu> cpu(Cpu(CpuOptions{.threads = 1}));
+  const AnyTensor q8 = in_blocks(random_tensor<float>(random, Shape{rows, columns}, DType::q8), DType::q8);
+  const AnyTensor q4 = in_blocks(random_tensor<float>(random, Shape{rows, columns}, DType::q4), DType::q4);
+  const AnyTensor f32(random_tensor<float>(random, Shape{rows, columns}));
+  const auto packed = [&](std::initializer_list<AnyTensor> sources, DType asked) { return ops::pack(cpu.ctx, std::span(sources.begin(), sources.size()), asked).format; };
+  CHECK(packed({q8}, DType::bf16) == DType::q8);
+  CHECK(packed({q4}, DType::bf16) == DType::q4);
+  CHECK(packed({q4}, DType::q8) == DType::q4);
+  CHECK(packed({q8}, DType::q4) == DType::q4);
+  CHECK(packed({q8}, DType::f32) == DType::f32);
+  CHECK(packed({q4, q8, q4}, DType::bf16) == DType::q8);
+  CHECK(packed({q4, f32}, DType::bf16) == DType::bf16);
+  CHECK(packed({q4, f32}, DType::q8) == DType::q8);
+  const AnyTensor mix[] = {q8, q4};
+  const PackedMatrix w = ops::pack(cpu.ctx, std::span<const AnyTensor>(mix), DType::bf16);
+  for (std::int64_t row = 0; row < 2 * rows; ++row)
+    for (std::int64_t c = 0; c < columns; ++c) {
+      const std::byte* tile = w.data.get() + (row / detail::strip_width * 2 + c / block_values) * detail::tile_bytes(DType::q8);
+      const double value = static_cast<double>(dequantise(detail::load_from_tile<Q8Block>(tile, row % detail::strip_width), c % block_values));
+      CHECK(value == (row < rows ? q8.at(row * columns + c) : q4.at((row - rows) * columns + c)));
+    }
 }
 
 TEST_CASE("pack: sources in f16 and f64, of rank 4, rounded to the format") {

@@ -43,6 +43,14 @@ inline constexpr std::int64_t block_values = 32;
 /// Whether elements come in blocks: then only whole blocks have a size.
 constexpr bool is_block_format(DType dtype) { return dtype == DType::q8 || dtype == DType::q4; }
 
+/// What is held beside weights of `format` but not in blocks, as keys and values are: bf16 for those in blocks.
+constexpr DType plain_format(DType format) { return is_block_format(format) ? DType::bf16 : format; }
+
+/// Whether elements stand for real numbers: what weights may be.
+constexpr bool is_floating(DType dtype) {
+  return dtype == DType::f64 || dtype == DType::f32 || dtype == DType::f16 || dtype == DType::bf16 || is_block_format(dtype);
+}
+
 /// Bytes per stored element; 0 where there are none (inherit, native) and where elements have no whole number of bytes (q8, q4: use
 /// dtype_bytes).
 constexpr std::size_t dtype_size(DType dtype) {

@@ -9,7 +9,8 @@
 
 namespace m2lm {
 
-/// What to pack by default, separately for each kind of tensor. `inherit` follows `weights`.
+/// What to pack by default, separately for each kind of tensor. `inherit` follows `weights`; with one exception: weights in blocks (q8,
+/// q4) are the decoder's and its head's alone, where encoders, projectors and the KV cache inherit bf16.
 struct Precision {
   DType weights = DType::bf16;
   DType encoders = DType::inherit;
@@ -20,6 +21,8 @@ struct Precision {
 
   /// `part` itself, or `weights` where it inherits.
   constexpr DType resolve(DType part) const { return part == DType::inherit ? weights : part; }
+  /// The same for a part that does not inherit blocks.
+  constexpr DType resolve_plain(DType part) const { return part == DType::inherit ? plain_format(weights) : part; }
 };
 
 /// A string literal as a template argument: Modality<"image", …>.

@@ -47,7 +47,7 @@ class Checkpoint {
   const std::string& directory() const;
   /// In the order of the files and, in each, of their data.
   std::vector<std::string> names() const;
-  /// nullptr when there is no such tensor. Of a GGUF model, what is quantised becomes f32 when it is first asked for.
+  /// nullptr when there is no such tensor. Of a GGUF model, blocks that DType has not become f32 when they are first asked for.
   /// throws CheckpointError when it is there with a dtype the library does not know.
   const AnyTensor* find(std::string_view name) const;
   /// Path of the file that holds the tensor. throws CheckpointError when there is no such tensor.

@@ -44,8 +44,11 @@ struct GgufFormat {
   std::string_view name;     ///< as llama.cpp prints it
   std::size_t block = 1;     ///< elements of a block
   std::size_t bytes = 0;     ///< bytes of a block
-  DType dtype = DType::f32;  ///< what `Gguf::tensor` gives; f32 for the quantised ones
+  DType dtype = DType::f32;  ///< what `Gguf::tensor` gives; f32 for blocks that DType has not
   bool quantised = false;
+
+  /// Whether a tensor of the type is read where it is in the file.
+  constexpr bool in_place() const { return !quantised || is_block_format(dtype); }
 };
 
 /// nullptr for a number that stands for no type we read.
@@ -89,7 +92,8 @@ class Gguf {
   const Shape& shape(std::string_view name) const;
   /// nullptr for a type we do not read. throws CheckpointError for an unknown name.
   const GgufFormat* format(std::string_view name) const;
-  /// Plain numbers: a view of the mapped bytes, which stay valid as long as the AnyTensor lives. Quantised: a new f32 tensor.
+  /// Plain numbers, and blocks that DType has (Q8_0 and Q4_0 as q8 and q4): a view of the mapped bytes, which stay valid as long as the
+  /// AnyTensor lives. Other blocks: a new f32 tensor.
   /// throws CheckpointError for an unknown name (with the nearest one) or type.
   AnyTensor tensor(std::string_view name) const;
   /// The file itself.

@@ -31,11 +31,11 @@ inline constexpr std::array<GgufFormat, 18> gguf_formats{{
     {GgufType::i16, "I16", 1, 2, DType::i16, false},
     {GgufType::i32, "I32", 1, 4, DType::i32, false},
     {GgufType::i64, "I64", 1, 8, DType::i64, false},
-    {GgufType::q4_0, "Q4_0", 32, 18, DType::f32, true},
+    {GgufType::q4_0, "Q4_0", 32, 18, DType::q4, true},
     {GgufType::q4_1, "Q4_1", 32, 20, DType::f32, true},
     {GgufType::q5_0, "Q5_0", 32, 22, DType::f32, true},
     {GgufType::q5_1, "Q5_1", 32, 24, DType::f32, true},
-    {GgufType::q8_0, "Q8_0", 32, 34, DType::f32, true},
+    {GgufType::q8_0, "Q8_0", 32, 34, DType::q8, true},
     {GgufType::q2_k, "Q2_K", 256, 84, DType::f32, true},
     {GgufType::q3_k, "Q3_K", 256, 110, DType::f32, true},
     {GgufType::q4_k, "Q4_K", 256, 144, DType::f32, true},
@@ -60,7 +60,7 @@ class BlockReader {
 // In all formats a product of the scales and a quantised value has at most 24 significant bits. So it is exact in f32, each element is
 // rounded once (where a minimum is added), and it makes no difference whether the compiler contracts the sum into an fma.
 
-/// Q4_0, Q4_1, Q5_0, Q5_1: 32 values, of which byte j of `quants` has number j in its low half and number j + 16 in its high half; a
+/// Q4_1, Q5_0, Q5_1: 32 values, of which byte j of `quants` has number j in its low half and number j + 16 in its high half; a
 /// fifth bit comes from a word. With a minimum, or around the middle.
 template <bool fifth_bit, bool minimum>
 void dequantise_pairs(BlockReader in, float* out) {
@@ -80,10 +80,10 @@ void dequantise_pairs(BlockReader in, float* out) {
   }
 }
 
-inline void dequantise_q8_0(BlockReader in, float* out) {
-  const float scale = in.half();
-  const std::uint8_t* quants = in.array(32);
-  for (std::size_t j = 0; j < 32; ++j) out[j] = scale * static_cast<float>(static_cast<std::int8_t>(quants[j]));
+/// Q8_0, Q4_0: the library's own blocks.
+template <class Block>
+void dequantise_own(BlockReader in, float* out) {
+  dequantise<Block>(reinterpret_cast<const std::byte*>(in.array(sizeof(Block))), 0, block_values, out);
 }
 
 /// The 6-bit scale and minimum of stretch j of 8, packed in 12 bytes (Q4_K, Q5_K).
@@ -181,11 +181,11 @@ M2LM_IMPL const GgufFormat* find_gguf_format(std::uint32_t type) {
 M2LM_IMPL void dequantise_gguf(GgufType type, const std::byte* blocks, std::span<float> out) {
   void (*block)(detail::BlockReader, float*) = nullptr;
   switch (type) {
-    case GgufType::q4_0: block = detail::dequantise_pairs<false, false>; break;
+    case GgufType::q4_0: block = detail::dequantise_own<Q4Block>; break;
     case GgufType::q4_1: block = detail::dequantise_pairs<false, true>; break;
     case GgufType::q5_0: block = detail::dequantise_pairs<true, false>; break;
     case GgufType::q5_1: block = detail::dequantise_pairs<true, true>; break;
-    case GgufType::q8_0: block = detail::dequantise_q8_0; break;
+    case GgufType::q8_0: block = detail::dequantise_own<Q8Block>; break;
     case GgufType::q2_k: block = detail::dequantise_q2_k; break;
     case GgufType::q3_k: block = detail::dequantise_q3_k; break;
     case GgufType::q4_k: block = detail::dequantise_k_pairs<false>; break;
@@ -439,7 +439,7 @@ M2LM_IMPL AnyTensor Gguf::tensor(std::string_view name) const try {
     throw CheckpointError(concat(path(), ": tensor \"", name, "\" is of GGUF type ", entry.type, ", which is not supported; supported are ", known));
   }
   const std::byte* data = file_->mapping.bytes().data() + entry.begin;
-  if (!entry.format->quantised) return AnyTensor(entry.format->dtype, entry.shape, data, file_->mapping.owner());
+  if (entry.format->in_place()) return AnyTensor(entry.format->dtype, entry.shape, data, file_->mapping.owner());
   Tensor<float> out(entry.shape);
   dequantise_gguf(entry.format->type, data, out.span());
   file_->mapping.require_intact();

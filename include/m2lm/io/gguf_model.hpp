@@ -39,7 +39,7 @@ struct GgufModel {
   };
   /// All tensors, in the order of the files; what has no name there keeps its own.
   std::vector<Source> sources() const;
-  /// The tensor, with its rows in Hugging Face's order. Quantised ones become f32.
+  /// The tensor, with its rows in Hugging Face's order. Blocks that DType has not become f32.
   static AnyTensor read(const Source& source);
   /// Bytes of memory that all tensors take that are not used where they are in the file.
   std::size_t unpacked_bytes() const;

@@ -301,8 +301,8 @@ M2LM_IMPL std::size_t GgufModel::unpacked_bytes() const {
   std::size_t sum = 0;
   for (const Source& source : sources()) {
     const GgufFormat* format = source.file.format(source.stored);
-    if (format != nullptr && (format->quantised || source.heads != 0))
-      sum += static_cast<std::size_t>(source.file.shape(source.stored).elements()) * dtype_size(format->dtype);
+    if (format != nullptr && (!format->in_place() || source.heads != 0))
+      sum += dtype_bytes(format->dtype, source.file.shape(source.stored).elements());
   }
   return sum;
 }

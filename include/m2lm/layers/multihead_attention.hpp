@@ -27,7 +27,7 @@ template <class B>
 class MultiheadAttention {
   using S = ScalarOf<B>;
   MultiheadConfig config_;
-  DType format_ = DType::native;
+  DType format_ = DType::native;  // of keys and values
   Linear<B> query_, key_, value_;
   Tensor<S> extra_key_, extra_value_;
 
@@ -60,7 +60,7 @@ class MultiheadAttention {
   }
 
   void prepare(Context<B>& ctx, DType format) {
-    format_ = format;
+    format_ = plain_format(format);
     std::int64_t row = 0;
     for (Linear<B>* part : {&query_, &key_, &value_}) {
       part->weight.value = in_proj_weight.value.rows(row, row + config_.width);

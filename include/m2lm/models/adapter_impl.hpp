@@ -96,10 +96,6 @@ inline AnyTensor merged(const AnyTensor& w, const LowRankUpdate& update) {
   }
 }
 
-inline bool is_floating(const AnyTensor& t) {
-  return t.dtype() == DType::f64 || t.dtype() == DType::f32 || t.dtype() == DType::f16 || t.dtype() == DType::bf16;
-}
-
 /// Keys that change what an update means, and the value at which they do not.
 inline void refuse_variants(const ConfigValue& config) {
   const std::string type = config.get_or<std::string>("peft_type", "LORA");
@@ -200,7 +196,7 @@ M2LM_IMPL std::size_t apply_adapter(std::span<const NamedParameter> parameters, 
     }
     const double wanted = pattern_value(config, "rank_pattern", module, static_cast<double>(rank));
     const Shape &a = update.a->shape(), &b = update.b->shape(), &w = parameter->shape;
-    if (a.rank() != 2 || b.rank() != 2 || w.rank() != 2 || !is_floating(*update.a) || !is_floating(*update.b)) {
+    if (a.rank() != 2 || b.rank() != 2 || w.rank() != 2 || !is_floating(update.a->dtype()) || !is_floating(update.b->dtype())) {
       problem(module, ": A ", a.string(), " and B ", b.string(), " are no floating matrices beside a matrix ", w.string());
     } else if (a[0] != b[1] || static_cast<double>(a[0]) != wanted) {
       problem(module, ": A ", a.string(), " and B ", b.string(), " are not of the rank ", static_cast<std::int64_t>(wanted),
@@ -219,7 +215,7 @@ M2LM_IMPL std::size_t apply_adapter(std::span<const NamedParameter> parameters, 
       if (is_ignorable(name)) continue;
       const std::string nearest = nearest_name(name, names);
       problem(name, ": the model has no such parameter", nearest.empty() ? "" : "; the nearest is ", nearest);
-    } else if (tensor->shape() != parameter->shape || !is_floating(*tensor)) {
+    } else if (tensor->shape() != parameter->shape || !is_floating(tensor->dtype())) {
       problem(name, " is ", tensor->shape().string(), " in ", dtype_name(tensor->dtype()), ", the base has ", parameter->shape.string(),
               " in a floating dtype");
     } else {

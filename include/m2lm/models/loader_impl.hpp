@@ -41,6 +41,18 @@ std::pair<std::int64_t, std::int64_t> count_non_finite(const AnyTensor& tensor, 
   return {count, first};
 }
 
+/// The same of values in blocks: those of a block whose scale is not finite.
+template <class Block>
+std::pair<std::int64_t, std::int64_t> count_non_finite(const AnyTensor& tensor) {
+  std::int64_t count = 0, first = -1;
+  for (std::int64_t i = 0; i < tensor.shape().elements() / block_values; ++i) {
+    if ((load_block<Block>(tensor.data(), i).scale.bits & 0x7c00U) != 0x7c00U) continue;
+    if (count == 0) first = i * block_values;
+    count += block_values;
+  }
+  return {count, first};
+}
+
 M2LM_IMPL std::string non_finite_values(std::span<const NamedParameter> parameters, const Checkpoint& checkpoint) {
   // The report says the file's own name of a tensor, which a parameter does not know.
   std::map<const std::byte*, std::string> stored;
@@ -62,6 +74,8 @@ M2LM_IMPL std::string non_finite_values(std::span<const NamedParameter> paramete
       case DType::f32: found = count_non_finite<std::uint32_t>(tensor, 0x7f800000U); break;
       case DType::bf16: found = count_non_finite<std::uint16_t>(tensor, 0x7f80U); break;
       case DType::f16: found = count_non_finite<std::uint16_t>(tensor, 0x7c00U); break;
+      case DType::q8: found = count_non_finite<Q8Block>(tensor); break;
+      case DType::q4: found = count_non_finite<Q4Block>(tensor); break;
       default: break;
     }
     const auto [count, first] = found;
@@ -122,8 +136,7 @@ M2LM_IMPL LoadReport bind_parameters(std::span<const NamedParameter> parameters,
       continue;
     }
     used.insert(name);
-    const bool floating = tensor->dtype() == DType::f32 || tensor->dtype() == DType::f16 || tensor->dtype() == DType::bf16 || tensor->dtype() == DType::f64;
-    if (tensor->shape() != p.parameter->shape || !floating) {
+    if (tensor->shape() != p.parameter->shape || !is_floating(tensor->dtype())) {
       report.misshaped.push_back(concat(name, " is ", tensor->shape().string(), " in ", dtype_name(tensor->dtype()), " (", checkpoint.file_of(name),
                                         "), expected ", p.parameter->shape.string(), " in a floating dtype"));
       continue;

@@ -231,7 +231,7 @@ class Model {
   MediaPointer encode_media(Context<B>& ctx, const Component_& component, std::size_t index, const Input& input) const;
   Embedded embed_media(Context<B>& ctx, const PromptType& prompt, std::vector<std::int32_t> ids) const;
   void embed(Context<B>& ctx, const Embedded& embedded, std::int64_t begin, Matrix<Scalar> h) const;
-  DType cache_format() const { return state_->precision.resolve(state_->precision.kv_cache); }
+  DType cache_format() const { return state_->precision.resolve_plain(state_->precision.kv_cache); }
 };
 
 // ---- Model ----------------------------------------------------------------------------------------------------------------
@@ -319,26 +319,15 @@ Model<B, P, D, C...> Model<B, P, D, C...>::load(detail::ModelFiles files, B back
 
   std::vector<detail::NamedParameter> parameters;
   const detail::CollectParameters collect{parameters};
-  // Bytes that packing takes: matrices in the format of their part, vectors in the backend's scalar.
-  std::size_t needed = 0, counted = 0;
-  const auto add_bytes = [&](auto format_of) {
-    for (; counted < parameters.size(); ++counted) {
-      const Shape& shape = parameters[counted].parameter->shape;
-      // An embedding table is read where it lies; only as the head too it is packed.
-      if (HostBackend<B> && parameters[counted].name == "model.embed_tokens.weight" && !state.decoder.config().tie_word_embeddings) continue;
-      const bool packed = shape.rank() >= 2 && std::is_same_v<HostScalar, float> && !std::is_same_v<B, Reference<float>>;
-      needed += static_cast<std::size_t>(shape.elements()) * (packed ? dtype_size(format_of(parameters[counted].name)) : sizeof(Scalar));
-    }
-  };
+  std::vector<DType> formats;  // what each parameter is to be packed in
   for_each_parameter(collect, state.decoder);
-  add_bytes([&](std::string_view name) {
-    return name.starts_with("lm_head") || name.starts_with("model.embed_tokens") ? precision.resolve(precision.lm_head) : precision.weights;
-  });
+  for (const detail::NamedParameter& p : parameters)
+    formats.push_back(p.name.starts_with("lm_head") || p.name.starts_with("model.embed_tokens") ? precision.resolve(precision.lm_head) : precision.weights);
   const auto add_component = [&](auto& component) {
     for_each_parameter(collect, component);
     const Precision own = component.precision_of(precision);
-    add_bytes([&](std::string_view) { return std::max(own.resolve(own.encoders), own.resolve(own.projectors), [](DType a, DType b) {
-                                        return dtype_size(a) < dtype_size(b); }); });
+    const DType encoder = own.resolve_plain(own.encoders), projector = own.resolve_plain(own.projectors);
+    formats.resize(parameters.size(), dtype_bytes(encoder, block_values) < dtype_bytes(projector, block_values) ? projector : encoder);
   };
   std::apply([&](auto&... c) { (add_component(c), ...); }, state.component);
   state.report = detail::bind_parameters(parameters, state.files.checkpoint, hugging_face_names);
@@ -346,6 +335,16 @@ Model<B, P, D, C...> Model<B, P, D, C...>::load(detail::ModelFiles files, B back
   if (!options.allow_unexpected && !state.report.unexpected.empty())
     throw CheckpointError(concat("m2lm: the checkpoint in ", directory, " holds tensors that the model does not know:", state.report.string()));
 
+  // Bytes that packing takes: matrices in the format of their part, vectors in the backend's scalar.
+  std::size_t needed = 0;
+  for (std::size_t i = 0; i < parameters.size(); ++i) {
+    const Parameter& p = *parameters[i].parameter;
+    // An embedding table is read where it lies; only as the head too it is packed.
+    if (HostBackend<B> && parameters[i].name == "model.embed_tokens.weight" && !state.decoder.config().tie_word_embeddings) continue;
+    const bool packed = p.shape.rank() >= 2 && std::is_same_v<HostScalar, float> && !std::is_same_v<B, Reference<float>>;
+    needed += packed ? ops::packed_bytes(ops::format_to_pack(std::span(&p.value, 1), formats[i]), p.shape)
+                     : static_cast<std::size_t>(p.shape.elements()) * sizeof(Scalar);
+  }
   if (!options.adapter.empty())
     needed += detail::apply_adapter(parameters, options.adapter, options.adapter_mode, hugging_face_names, options.limits, options.follow_links);
   if (options.check) {

@@ -45,8 +45,8 @@ inline AnyTensor converted(const AnyTensor& tensor, DType dtype) {
     }
     return AnyTensor(std::move(out));
   };
-  const bool floating = tensor.dtype() == DType::f64 || tensor.dtype() == DType::f32 || tensor.dtype() == DType::f16 || tensor.dtype() == DType::bf16;
-  if (dtype == DType::inherit || dtype == tensor.dtype() || !floating) return tensor;
+  if (dtype == DType::inherit && is_block_format(tensor.dtype())) return as(float{});  // safetensors has no blocks
+  if (dtype == DType::inherit || dtype == tensor.dtype() || !is_floating(tensor.dtype())) return tensor;
   return dtype == DType::bf16 ? as(Bf16{}) : dtype == DType::f16 ? as(Half{}) : as(float{});
 }
 
@@ -56,7 +56,7 @@ inline std::string_view torch_dtype(std::span<const NamedTensor> tensors) {
   for (const NamedTensor& t : tensors) {
     half = half || t.tensor.dtype() == DType::f16;
     bf16 = bf16 || t.tensor.dtype() == DType::bf16;
-    wide = wide || t.tensor.dtype() == DType::f32;
+    wide = wide || t.tensor.dtype() == DType::f32 || is_block_format(t.tensor.dtype());
     wider = wider || t.tensor.dtype() == DType::f64;
   }
   if (wider) return "float64";
@@ -150,7 +150,8 @@ M2LM_IMPL void save_model(std::string_view directory, const SaveSource& source, 
     tensors.push_back({written_name(name), found == current.end() ? *source.checkpoint.find(name) : found->second->value});
   }
   const auto bytes_of = [&](const NamedTensor& t) {
-    return dtype == DType::inherit ? t.tensor.bytes() : static_cast<std::size_t>(t.tensor.shape().elements()) * dtype_size(dtype);
+    const DType as = dtype == DType::inherit && is_block_format(t.tensor.dtype()) ? DType::f32 : dtype;
+    return as == DType::inherit ? t.tensor.bytes() : dtype_bytes(as, t.tensor.shape().elements());
   };
   std::vector<std::size_t> shard_of(tensors.size());
   std::size_t shards = 1, in_shard = 0, total = 0;

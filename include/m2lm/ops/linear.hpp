@@ -30,9 +30,28 @@ constexpr std::int64_t columns_of(const Shape& shape) {
   return columns;
 }
 
+/// The format that tensors are packed in when `asked` is wanted. Weights that a checkpoint holds in blocks have no more bits than those:
+/// they stay in their blocks, with the same values, unless f32 is asked for or fewer bits. So a mixed checkpoint keeps its mix. Where
+/// q8 and q4 are packed below each other, q8 holds the values of both.
+inline DType format_to_pack(std::span<const AnyTensor> sources, DType asked) {
+  if (asked == DType::f32 || asked == DType::q4) return asked;
+  DType held = DType::q4;
+  for (const AnyTensor& t : sources) {
+    if (!is_block_format(t.dtype())) return asked;
+    if (t.dtype() == DType::q8) held = DType::q8;
+  }
+  return held;
+}
+
+/// About the bytes of a matrix in a packed form: rows of whole blocks.
+inline std::size_t packed_bytes(DType format, const Shape& shape) {
+  const std::int64_t columns = columns_of(shape);
+  return static_cast<std::size_t>(shape[0]) * dtype_bytes(format, columns);
+}
+
 /// Packs the rows of `sources` below each other into the backend's form. requires sources of rank >= 2, equal products of the
 /// dimensions after the first (the columns), a floating dtype; gated: exactly two sources with equal rows. `format`: what to
-/// store (a backend says which it has). ensures rows = Σ rows, cols = columns. throws ShapeError.
+/// store (a backend says which it has), unless they hold blocks: see format_to_pack. ensures rows = Σ rows, cols = columns. throws ShapeError.
 template <class B>
 PackedMatrix pack(Context<B>& ctx, std::span<const AnyTensor> sources, DType format, bool gated = false) {
   require(!sources.empty(), "m2lm::ops::pack: no tensor given");
@@ -43,7 +62,7 @@ PackedMatrix pack(Context<B>& ctx, std::span<const AnyTensor> sources, DType for
   if (gated)
     require(sources.size() == 2 && sources[0].shape()[0] == sources[1].shape()[0],
             "m2lm::ops::pack: a gated matrix is made of two with the same number of rows");
-  return Impl<Pack, B>::run(ctx, sources, format, gated);
+  return Impl<Pack, B>::run(ctx, sources, format_to_pack(sources, format), gated);
 }
 
 /// y = act(x·wᵀ + bias) + residual; gated: y = act(first half) · second half (+ residual), with half the columns.

@@ -126,7 +126,7 @@ inline constexpr auto fault_notes = std::to_array<FaultNote>({
     {Fault::prompt_counts_in_the_loss, "train", "the tokens of the prompt are targets too"},
     {Fault::cpu_layer_norm_gradient_not_centred, "backends", "the gradient of LayerNorm forgets that the mean depends on x"},
     {Fault::gguf_rows_of_keys_ordered_as_queries, "io", "the interleaved rows of keys are told apart by the number of query heads"},
-    {Fault::gguf_high_nibble_ignored, "io", "both values of a byte of Q4_0 come from its low half"},
+    {Fault::gguf_high_nibble_ignored, "io", "both values of a byte of Q4_1 come from its low half"},
     {Fault::gguf_minimum_of_four_bits, "io", "the 6-bit minimum of Q4_K loses its upper bits"},
     {Fault::adapter_scale_left_out, "models", "an adapter's update is added as it is, without alpha/r"},
     {Fault::strides_of_a_pickled_tensor_ignored, "io", "a transposed tensor of a PyTorch file is read as if it were not"},

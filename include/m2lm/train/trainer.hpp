@@ -214,8 +214,8 @@ void Trainer<M>::prepare(bool all) {
   if (decoder_trained_ || all) state().decoder.prepare(ctx, decoder_trained_ ? exact : state().precision, {});
   for_each_component([&](auto i, auto& component) {
     const Precision own = component.precision_of(state().precision);
-    if (encoder_trained_[i] || all) component.encoder.prepare(ctx, encoder_trained_[i] ? dtype_of<S> : own.resolve(own.encoders));
-    if (projector_trained_[i] || all) component.projector.prepare(ctx, projector_trained_[i] ? dtype_of<S> : own.resolve(own.projectors));
+    if (encoder_trained_[i] || all) component.encoder.prepare(ctx, encoder_trained_[i] ? dtype_of<S> : own.resolve_plain(own.encoders));
+    if (projector_trained_[i] || all) component.projector.prepare(ctx, projector_trained_[i] ? dtype_of<S> : own.resolve_plain(own.projectors));
   });
 }
 

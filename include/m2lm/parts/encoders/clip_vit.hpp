@@ -110,7 +110,7 @@ struct ClipVit {
     ClipVisionConfig config_;
     VitFeatures features_;
     std::int64_t blocks_to_run_;
-    DType format_ = DType::native;
+    DType format_ = DType::native;  // of keys and values
     Tensor<S> class_row_, position_values_;  // class_row_: the class embedding at its position
 
     bool needs_last() const { return features_ != VitFeatures::patches && features_ != VitFeatures::all_tokens; }
@@ -169,7 +169,7 @@ struct ClipVit {
     }
 
     void prepare(Context<B>& ctx, DType format) {
-      format_ = format;
+      format_ = plain_format(format);
       using Host = HostScalarOf<B>;
       Tensor<Host> class_row(Shape{1, config_.hidden_size}), first(Shape{1, config_.hidden_size});
       class_embedding.value.copy_to(class_row.data(), 0, config_.hidden_size);
