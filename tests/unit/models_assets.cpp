@@ -58,28 +58,30 @@ void check_story(const std::string& name, const Lm& model, const std::vector<std
   CHECK(told.tokens == std::vector<std::int32_t>(ids.begin() + 1, ids.end()));
 }
 
-/// What a format may cost on a model of this size.
-struct Quality {
-  double agreement = 0.99, divergence = 1e-2;  ///< least part of equal best tokens, largest mean KL
-};
+/// Teacher-forced agreement of rows of logits with the exact ones.
+struct Agreement {
+  std::int64_t rows = 0, equal = 0;
+  double divergence_sum = 0, worst = 0;
 
-/// Teacher-forced agreement of b with the exact a.
-void check_agreement(const std::string& name, const Tensor<float>& a, const Tensor<float>& b, const Quality& quality = {}) {
-  const std::int64_t vocab = a.shape()[1];
-  std::int64_t agree = 0;
-  double kl = 0, worst_kl = 0;
-  for (std::int64_t i = 0; i < a.shape()[0]; ++i) {
-    const float *p = a.data() + i * vocab, *q = b.data() + i * vocab;
-    agree += largest(p, vocab) == largest(q, vocab) ? 1 : 0;
-    const double here = divergence(p, q, vocab);
-    kl += here;
-    worst_kl = std::max(worst_kl, here);
+  void add(const Tensor<float>& exact, const Tensor<float>& other) {
+    const std::int64_t vocab = exact.shape()[1];
+    for (std::int64_t i = 0; i < exact.shape()[0]; ++i) {
+      const float *p = exact.data() + i * vocab, *q = other.data() + i * vocab;
+      equal += largest(p, vocab) == largest(q, vocab) ? 1 : 0;
+      const double here = divergence(p, q, vocab);
+      divergence_sum += here;
+      worst = std::max(worst, here);
+      ++rows;
+    }
   }
-  std::printf("%s: top-1 agreement %ld of %ld, mean KL %.2g, worst %.2g\n", name.c_str(), static_cast<long>(agree), static_cast<long>(a.shape()[0]),
-              kl / static_cast<double>(a.shape()[0]), worst_kl);
-  CHECK(static_cast<double>(agree) >= quality.agreement * static_cast<double>(a.shape()[0]));
-  CHECK(kl / static_cast<double>(a.shape()[0]) < quality.divergence);
-}
+  /// What a format may cost on a model of this size: `least` of the best tokens are equal, and the mean KL is below `most`.
+  void check(const std::string& name, double least, double most) const {
+    const double mean = divergence_sum / static_cast<double>(rows);
+    std::printf("%s: top-1 agreement %ld of %ld, mean KL %.2g, worst %.2g\n", name.c_str(), static_cast<long>(equal), static_cast<long>(rows), mean, worst);
+    CHECK(static_cast<double>(equal) >= least * static_cast<double>(rows));
+    CHECK(mean < most);
+  }
+};
 
 void check_stories(const std::string& name, std::span<const IsaLevel> levels) {
   const std::string directory = asset_file("llama/" + name + "-hf");
@@ -97,7 +99,9 @@ void check_stories(const std::string& name, std::span<const IsaLevel> levels) {
   const Tensor<float> a = exact.logits(exact.prompt(ids));
   for (const bool dot : both_dots) {
     const Lm rounded = Lm::from_pretrained(directory, Cpu({.threads = 2, .bf16_dot = dot}), {.precision = Precision{.weights = DType::bf16}});
-    check_agreement(name + (dot ? " bf16_dot" : " bf16"), a, rounded.logits(rounded.prompt(ids)));
+    Agreement agreement;
+    agreement.add(a, rounded.logits(rounded.prompt(ids)));
+    agreement.check(name + (dot ? " bf16_dot" : " bf16"), 0.99, 1e-2);
   }
 }
 
@@ -113,24 +117,20 @@ TEST_CASE("stories15M in blocks of 8 and 4 bits: agreement with f32 on 2,000 tok
   const std::string directory = asset_file("llama/stories15M-hf");
   M2LM_SKIP_WITHOUT(directory + "/config.json");
   const Lm exact = Lm::from_pretrained(directory, Cpu({.threads = 2}));
-  std::vector<std::vector<std::int32_t>> stories;
+  const auto quantised = [&](DType format) { return Lm::from_pretrained(directory, Cpu({.threads = 2}), {.precision = Precision{.weights = format}}); };
+  const Lm eight = quantised(DType::q8), four = quantised(DType::q4);
+  Agreement of_eight, of_four;
   for (std::uint64_t seed = 1; seed <= 8; ++seed) {
     std::vector<std::int32_t> ids{1};
     const auto told = exact.generate(exact.prompt(ids), {.max_new_tokens = 250, .temperature = 1, .seed = seed, .ignore_eos = true});
-    ids.insert(ids.end(), told.tokens.begin(), told.tokens.end());
-    stories.push_back(std::move(ids));
+    ids.insert(ids.end(), told.tokens.begin(), told.tokens.end() - 1);
+    const Tensor<float> wanted = exact.logits(exact.prompt(ids));
+    of_eight.add(wanted, eight.logits(eight.prompt(ids)));
+    of_four.add(wanted, four.logits(four.prompt(ids)));
   }
-  const auto logits = [&](const Lm& model) {
-    const std::int64_t vocab = model.decoder_config().vocab_size;
-    Tensor<float> out(Shape{static_cast<std::int64_t>(stories.size()) * 250, vocab});
-    for (std::size_t i = 0; i < stories.size(); ++i)
-      std::copy_n(model.logits(model.prompt(stories[i])).data(), 250 * vocab, out.data() + static_cast<std::int64_t>(i) * 250 * vocab);
-    return out;
-  };
-  const Tensor<float> wanted = logits(exact);
-  for (const auto& [format, quality] : {std::pair{DType::q8, Quality{.agreement = 0.98, .divergence = 1e-2}}, std::pair{DType::q4, Quality{.agreement = 0.8, .divergence = 0.2}}})
-    check_agreement(m2lm::concat("stories15M ", m2lm::dtype_name(format)), wanted,
-                    logits(Lm::from_pretrained(directory, Cpu({.threads = 2}), {.precision = Precision{.weights = format}})), quality);
+  // Measured: 98.6 % and 0.00098 in 8 bits, 86 % and 0.10 in 4 bits, of which a model of 15 million weights has few to spare.
+  of_eight.check("stories15M q8", 0.98, 2e-3);
+  of_four.check("stories15M q4", 0.82, 0.15);
 }
 
 TEST_CASE("stories15M: logits and the greedy text") {
