@@ -92,11 +92,11 @@ class DeviceSampler {
         scratch_(device, std::vector<std::byte>(cuda::sample_scratch(static_cast<std::int64_t>(count_), vocab), std::byte{0xa5})),
         marks_(marks) {}
 
-  std::vector<std::int32_t> step(const std::vector<float>& logits) {
+  std::vector<std::int32_t> step(const std::vector<float>& logits, bool greedy = false) {
     const auto rows = static_cast<std::int64_t>(count_);
     const DeviceMatrix<float> matrix(device_, rows, vocab_, logits, extra_, offset_);
     const std::uint64_t waits = device_.waits();
-    cuda::sample(device_, matrix.view(), rows_.data(), marks_ ? seen_.data() : nullptr, ids_.data(), scratch_.data());
+    cuda::sample(device_, matrix.view(), rows_.data(), marks_ ? seen_.data() : nullptr, ids_.data(), scratch_.data(), greedy);
     CHECK(device_.waits() == waits);
     (void)matrix.read();  // checks what lies between the rows
     return ids_.read();
@@ -379,7 +379,7 @@ TEST_CASE("the lowest id wins among equal logits, wherever the chunks end") {
   for (std::size_t r = 0; r < 4; ++r)
     for (const std::int64_t id : where[r]) logits[r * vocab + static_cast<std::size_t>(id)] = 9;
   logits[3 * vocab + 4] = -0.0F, logits[3 * vocab + 5] = 0.0F;  // equal, as numbers
-  CHECK(sampler.step(logits) == std::vector<std::int32_t>{0, 1023, 2047, 4});
+  for (const bool greedy : {false, true}) CHECK(sampler.step(logits, greedy) == std::vector<std::int32_t>{0, 1023, 2047, 4});
   CHECK(std::ranges::count(sampler.seen(), 0U) == 4 * 66);  // none was marked
 }
 

@@ -32,7 +32,7 @@ class DeviceDecoding {
   Tensor<OnDevice<std::int32_t>> ids_;
   Tensor<OnDevice<SamplerRow>> samplers_;
   Tensor<OnDevice<std::uint32_t>> seen_;
-  bool penalised_ = false;
+  bool penalised_ = false, greedy_ = true;
   typename B::Mailbox mailbox_;
   int posted_ = 0, read_ = 0;  // messages so far
   std::uint64_t number_ = next_number();
@@ -59,12 +59,14 @@ class DeviceDecoding {
     read_ = posted_;
     std::vector<SamplerRow> samplers;
     penalised_ = false;
+    greedy_ = true;
     for (const DeviceRow& row : rows) {
       const SamplingOptions& o = *row.options;
       samplers.push_back({.seed = row.rng->seed(), .counter = row.rng->counter(), .temperature = static_cast<float>(o.temperature),
                           .top_p = o.top_p, .min_p = static_cast<float>(o.min_p),
                           .repetition_penalty = static_cast<float>(o.repetition_penalty), .top_k = o.top_k, .failed = 0});
       penalised_ = penalised_ || o.repetition_penalty != 1;
+      greedy_ = greedy_ && o.temperature == 0;
     }
     ops::upload_values(ctx, std::span<const SamplerRow>(samplers), samplers_.data());
     if (!penalised_) return;
@@ -79,7 +81,9 @@ class DeviceDecoding {
   void feed(Context<B>& ctx, std::span<const std::int32_t> ids) { ops::upload_values(ctx, ids, ids_.data()); }
 
   /// Chooses the tokens of the first `count` rows from their logits.
-  void choose(Context<B>& ctx, std::int64_t count) { ops::sample(ctx, logits(count), samplers_.data(), penalised_ ? seen_.data() : nullptr, ids_.data()); }
+  void choose(Context<B>& ctx, std::int64_t count) {
+    ops::sample(ctx, logits(count), samplers_.data(), penalised_ ? seen_.data() : nullptr, ids_.data(), greedy_);
+  }
   /// Sends the tokens to the host. At most two messages are on their way.
   void post(Context<B>& ctx, std::int64_t count) { mailbox_.post(ctx.backend, ids_.data(), count, posted_++ % 2); }
   /// The oldest message that was not read yet.
@@ -87,7 +91,7 @@ class DeviceDecoding {
 
   /// What a recorded step depends on besides the caches.
   ops::StepKey key(std::int64_t count) const {
-    return {{number_, static_cast<std::uint64_t>(count), penalised_ ? std::uint64_t{1} : std::uint64_t{0}}};
+    return {{number_, static_cast<std::uint64_t>(count), (penalised_ ? std::uint64_t{1} : std::uint64_t{0}) | (greedy_ ? std::uint64_t{2} : std::uint64_t{0})}};
   }
 };
 

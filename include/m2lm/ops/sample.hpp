@@ -23,11 +23,13 @@ namespace ops {
 struct Sample;
 
 /// ids[r] = the token that Sampler chooses from logits [rows, vocabulary], which are overwritten; -1 where none can be chosen. A chosen
-/// token is marked in `seen`, one bit per token, [rows, ⌈vocabulary/32⌉] words; null where no row has a repetition penalty.
+/// token is marked in `seen`, one bit per token, [rows, ⌈vocabulary/32⌉] words; null where no row has a repetition penalty. `greedy`:
+/// every row has the temperature 0, which saves the steps that only a draw needs.
 template <class B>
   requires(!HostBackend<B>)
-void sample(Context<B>& ctx, Matrix<AccumulatorOf<B>> logits, OnDevice<SamplerRow>* rows, OnDevice<std::uint32_t>* seen, OnDevice<std::int32_t>* ids) {
-  Impl<Sample, B>::run(ctx, logits, rows, seen, ids);
+void sample(Context<B>& ctx, Matrix<AccumulatorOf<B>> logits, OnDevice<SamplerRow>* rows, OnDevice<std::uint32_t>* seen, OnDevice<std::int32_t>* ids,
+            bool greedy = false) {
+  Impl<Sample, B>::run(ctx, logits, rows, seen, ids, greedy);
 }
 
 }  // namespace ops

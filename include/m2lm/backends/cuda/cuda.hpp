@@ -327,10 +327,11 @@ struct Impl<ActivationForward, BasicCuda<E>> {
 
 template <class E>
 struct Impl<Sample, BasicCuda<E>> {
-  static void run(Context<BasicCuda<E>>& ctx, Matrix<OnDevice<float>> logits, OnDevice<SamplerRow>* rows, OnDevice<std::uint32_t>* seen, OnDevice<std::int32_t>* ids) {
+  static void run(Context<BasicCuda<E>>& ctx, Matrix<OnDevice<float>> logits, OnDevice<SamplerRow>* rows, OnDevice<std::uint32_t>* seen, OnDevice<std::int32_t>* ids,
+                  bool greedy) {
     const Arena::Scope scope(ctx.arena);
     std::byte* scratch = ctx.arena.template take<std::byte>(static_cast<std::int64_t>(cuda::sample_scratch(logits.extent(0), logits.extent(1))));
-    cuda::sample(ctx.backend.device(), detail::raw(logits), values_of(rows), seen ? values_of(seen) : nullptr, values_of(ids), scratch);
+    cuda::sample(ctx.backend.device(), detail::raw(logits), values_of(rows), seen ? values_of(seen) : nullptr, values_of(ids), scratch, greedy);
   }
 };
 

@@ -94,7 +94,8 @@ void attention(Device& device, Matrix<const E> q, const KeyValues& kv, Position 
 std::size_t sample_scratch(std::int64_t rows, std::int64_t vocab);
 /// Chooses ids[r] from logits [rows, vocab] as Sampler does (order and ties as there), marks it in `seen` (one bit per token and row,
 /// [rows, ⌈vocab/32⌉] words; null when no row has a repetition penalty). A row that has failed gives -1. Logits are overwritten.
-void sample(Device& device, Matrix<float> logits, SamplerRow* rows, std::uint32_t* seen, std::int32_t* ids, void* scratch);
+/// `greedy`: every row has the temperature 0; two launches instead of four.
+void sample(Device& device, Matrix<float> logits, SamplerRow* rows, std::uint32_t* seen, std::int32_t* ids, void* scratch, bool greedy = false);
 
 // ---- backward.cuh -----------------------------------------------------------------------------------------------------------
 

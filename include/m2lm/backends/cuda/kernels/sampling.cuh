@@ -3,11 +3,14 @@
 // Floor: backends. May include: core, ops.
 #pragma once
 
-// Four launches. The first three cut a row into chunks, one block for each, so that a vocabulary is read by many multiprocessors:
+// Four launches (the first and the last where all rows are greedy). The first three cut a row into chunks, one block for each, so that a
+// vocabulary is read by many multiprocessors:
 //   scale_logits       repetition penalty and temperature; the largest logit of each chunk
 //   weigh_logits       the sum of exp(logit - largest) of each chunk; how many tokens, or how much weight, lie how far below the largest
 //   select_candidates  from these bins: a distance that what top-k, top-p or min-p keeps surely lies within; the tokens within it
 //   choose_token       one block per row: the exact limits among the candidates, a few hundred as a rule, and the draw
+// A sort (cub::DeviceSegmentedRadixSort) would read and write every logit and its id several times to order tokens of which all but a few
+// are removed; counting reads each logit three times, most of them from the L2 cache, and writes the candidates.
 // What is summed in several orders is summed in integers, where order does not matter; sums of f64 have one order. So the same logits,
 // options and state give the same token on every run. It is the token of the host's Sampler, unless a sum lies within rounding of a limit.
 
@@ -686,7 +689,7 @@ struct SamplingScratch {
 
 inline std::size_t sample_scratch(std::int64_t rows, std::int64_t vocab) { return detail::SamplingScratch(rows, vocab).bytes; }
 
-inline void sample(Device& device, Matrix<float> logits, SamplerRow* rows, std::uint32_t* seen, std::int32_t* ids, void* scratch) {
+inline void sample(Device& device, Matrix<float> logits, SamplerRow* rows, std::uint32_t* seen, std::int32_t* ids, void* scratch, bool greedy) {
   const std::int64_t count = logits.extent(0), vocab = logits.extent(1), chunks = sampling_chunks(vocab);
   if (count == 0) return;
   require(vocab > 0, "m2lm::cuda::sample: there are no logits to choose from: ", logits.shape());
@@ -708,8 +711,10 @@ inline void sample(Device& device, Matrix<float> logits, SamplerRow* rows, std::
                            .candidate = reinterpret_cast<std::int32_t*>(memory + layout.candidates)};
   const LaunchShape wide{.grid_x = static_cast<unsigned>(chunks), .grid_y = static_cast<unsigned>(count), .block_x = sampling_policy.chunk_threads};
   launch(device, "scale_logits", detail::scale_logits<detail::Sampling>, wide, s);
-  launch(device, "weigh_logits", detail::weigh_logits<detail::Sampling>, wide, s);
-  launch(device, "select_candidates", detail::select_candidates<detail::Sampling>, wide, s);
+  if (!greedy) {
+    launch(device, "weigh_logits", detail::weigh_logits<detail::Sampling>, wide, s);
+    launch(device, "select_candidates", detail::select_candidates<detail::Sampling>, wide, s);
+  }
   launch(device, "choose_token", detail::choose_token<detail::Sampling>,
          LaunchShape{.grid_x = static_cast<unsigned>(count), .block_x = choosing_threads(vocab)}, s);
 }
