@@ -9,6 +9,7 @@
 #include <atomic>
 #include <cstdio>
 #include <stdexcept>
+#include <thread>
 
 namespace {
 
@@ -196,4 +197,19 @@ TEST_CASE("the context's end and a precision that the backend has not are errors
   CHECK(session.generate(model.prompt(some_ids(6, 96)), {.max_new_tokens = 7, .ignore_eos = true}).tokens.size() == 7);
   const std::string message = message_of<m2lm::OptionError>([&] { CudaLm::from_pretrained(s.directory.path(), CudaF32(), {.precision = in_element<Bf16>}); });
   CHECK_MESSAGE(has(message, "BasicCuda<Bf16>"), message);
+}
+
+TEST_CASE("sessions of several threads take turns on one device") {
+  const Synthetic s;
+  const CudaLm model = CudaLm::from_pretrained(s.directory.path());
+  const m2lm::GenerateOptions options{.max_new_tokens = 10, .ignore_eos = true};
+  std::vector<std::vector<std::int32_t>> expected, got(4);
+  for (std::size_t i = 0; i < got.size(); ++i) expected.push_back(model.generate(model.prompt(some_ids(5, 96, i + 1)), options).tokens);
+  std::vector<std::thread> threads;
+  for (std::size_t i = 0; i < got.size(); ++i)
+    threads.emplace_back([&, i] {
+      for (int again = 0; again < 3; ++again) got[i] = model.session().generate(model.prompt(some_ids(5, 96, i + 1)), options).tokens;
+    });
+  for (std::thread& thread : threads) thread.join();
+  CHECK(got == expected);
 }

@@ -312,6 +312,8 @@ std::string Model<B, P, D, C...>::non_finite_weights() const {
 template <class B, Precision P, class D, class... C>
 Model<B, P, D, C...> Model<B, P, D, C...>::load(detail::ModelFiles files, B backend, const LoadOptions& options) {
   const Precision precision = options.precision.value_or(P);
+  const B held = backend;  // it lives until the turn is given back
+  [[maybe_unused]] const auto turn = exclusive(held);
   Model model;
   model.state_ = std::make_shared<State>(std::move(backend), std::move(files), precision, options.media_cache_bytes);
   State& state = *model.state_;
@@ -520,6 +522,7 @@ void Model<B, P, D, C...>::embed(Context<B>& ctx, const Embedded& embedded, std:
 
 template <class B, Precision P, class D, class... C>
 std::vector<std::int32_t> Model<B, P, D, C...>::input_ids(const PromptType& prompt) const {
+  [[maybe_unused]] const auto turn = exclusive(state_->backend);
   Arena arena(memory_of(state_->backend));
   Context<B> ctx = context(arena);
   return embed_media(ctx, prompt, prompt_ids(prompt)).sequence.ids;
@@ -530,6 +533,7 @@ template <FixedString Name, class Input>
 auto Model<B, P, D, C...>::encode(const Input& input) const try {
   constexpr std::size_t index = detail::component_index<Name, C...>();
   static_assert(index < sizeof...(C), "m2lm::Model::encode<name>: this model has no component of that name");
+  [[maybe_unused]] const auto turn = exclusive(state_->backend);
   Arena arena(memory_of(state_->backend));
   Context<B> ctx = context(arena);
   ModalityOutput<Scalar> out = std::get<index>(state_->component).encode(ctx, input, decoder_config().hidden_size);
@@ -558,6 +562,7 @@ auto Model<B, P, D, C...>::logits(const PromptType& prompt) const -> Tensor<Host
 
 template <class B, Precision P, class D, class... C>
 auto Model<B, P, D, C...>::logits(std::span<const PromptType> prompts) const -> std::vector<Tensor<HostScalar>> try {
+  [[maybe_unused]] const auto turn = exclusive(state_->backend);
   Arena arena(memory_of(state_->backend));
   Context<B> ctx = context(arena);
   std::vector<Embedded> embedded;
@@ -605,6 +610,7 @@ auto Model<B, P, D, C...>::logits(std::span<const PromptType> prompts) const -> 
 
 template <class B, Precision P, class D, class... C>
 auto Model<B, P, D, C...>::hidden_states(const PromptType& prompt, std::span<const int> layers) const -> std::vector<Tensor<HostScalar>> try {
+  [[maybe_unused]] const auto turn = exclusive(state_->backend);
   Arena arena(memory_of(state_->backend));
   Context<B> ctx = context(arena);
   const Embedded embedded = embed_media(ctx, prompt, prompt_ids(prompt));
@@ -659,6 +665,7 @@ Generation Model<B, P, D, C...>::generate(const PromptType& prompt, const Genera
 template <class B, Precision P, class D, class... C>
 std::vector<Generation> Model<B, P, D, C...>::generate(std::span<const PromptType> prompts, const GenerateOptions& options,
                                                        FunctionRef<void(std::size_t, std::string_view)> on_text) const try {
+  [[maybe_unused]] const auto turn = exclusive(state_->backend);
   require<OptionError>(!options.on_text, "m2lm: options.on_text for several prompts cannot say whose text it gets; give generate an on_text(index, text)");
   if (prompts.empty()) return {};
   std::vector<Session> sessions;
@@ -713,6 +720,7 @@ std::vector<Score> Model<B, P, D, C...>::score(const PromptType& prompt, std::op
                                                std::span<const std::vector<std::int32_t>> continuations) const {
   std::int64_t longest = 0;
   for (const std::vector<std::int32_t>& tokens : continuations) longest = std::max(longest, static_cast<std::int64_t>(tokens.size()));
+  [[maybe_unused]] const auto turn = exclusive(state_->backend);
   Session scratch(*this, longest);
   typename Session::Turns turns;
   turns.push_back(std::make_unique<typename Session::Turn>(scratch, prompt));

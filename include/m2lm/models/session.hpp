@@ -163,6 +163,7 @@ BasicSession<M>::BasicSession(M model, const SessionOptions& options) try : mode
   const std::int64_t positions = options.max_positions == 0 ? config.max_position_embeddings : options.max_positions;
   require<OptionError>(positions > 0 && positions <= config.max_position_embeddings, "m2lm: a session of ", positions,
                        " positions; the checkpoint has max_position_embeddings = ", config.max_position_embeddings);
+  [[maybe_unused]] const auto turn = exclusive(model_.backend());
   Context<B> ctx{model_.backend(), arena_};
   cache_ = model_.state_->decoder.make_cache(ctx, model_.cache_format(), positions);
 } catch (const std::bad_alloc&) {
@@ -171,6 +172,7 @@ BasicSession<M>::BasicSession(M model, const SessionOptions& options) try : mode
 
 template <class M>
 BasicSession<M> BasicSession<M>::fork() const try {
+  [[maybe_unused]] const auto turn = exclusive(model_.backend());
   Arena arena(memory_of(model_.backend()));
   Context<B> ctx{model_.backend(), arena};
   BasicSession out(model_, cache_.fork(ctx, cache_.capacity()));
@@ -558,6 +560,7 @@ void BasicSession<M>::decode_on_device(Answering& a, const Tensor<S>& hidden) {
 
 template <class M>
 Generation BasicSession<M>::generate(const PromptType& prompt, const GenerateOptions& options) try {
+  [[maybe_unused]] const auto exclusively = exclusive(model_.backend());
   Turns turns;
   turns.push_back(std::make_unique<Turn>(*this, prompt));
   prepare(*turns[0], false);
@@ -568,6 +571,7 @@ Generation BasicSession<M>::generate(const PromptType& prompt, const GenerateOpt
 
 template <class M>
 Generation BasicSession<M>::complete(const PromptType& whole, const GenerateOptions& options) try {
+  [[maybe_unused]] const auto exclusively = exclusive(model_.backend());
   Turns turns;
   turns.push_back(std::make_unique<Turn>(*this, whole));
   prepare(*turns[0], true);

@@ -50,6 +50,15 @@ MemoryResource* memory_of(const B& backend) {
     return &backend.memory();
 }
 
+/// Holds other threads off a device, which does one thing at a time; the backends of the host need no such thing.
+template <class B>
+[[nodiscard]] auto exclusive([[maybe_unused]] const B& backend) {
+  if constexpr (HostBackend<B>)
+    return 0;
+  else
+    return backend.exclusive();
+}
+
 /// Zeros, where the backend computes.
 template <class T, class B>
 Tensor<T> make_tensor([[maybe_unused]] const B& backend, const Shape& shape) {

@@ -412,6 +412,7 @@ inline void* Device::allocate(std::size_t bytes) { return implementation_->alloc
 inline void* Device::allocate_zeroed(std::size_t bytes) { return implementation_->allocate(bytes, true); }
 inline void Device::release(void* p) noexcept {
   if (p == nullptr) return;
+  const auto turn = exclusive();  // no other thread is recording
   if (implementation_->recording)
     implementation_->released.push_back(p);
   else if (!implementation_->memory.release(p))

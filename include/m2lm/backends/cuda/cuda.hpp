@@ -17,6 +17,7 @@
 #include <bit>
 #include <cstring>
 #include <memory>
+#include <mutex>
 #include <span>
 #include <type_traits>
 #include <vector>
@@ -29,7 +30,7 @@ struct CudaOptions {
 
 /// A device and its stream. Copies share both; so do models made from one backend: their work is done in order. Activations are of
 /// type E (float, Half or Bf16) in the device's memory, sums, logits and rotary angles f32. Weights are in E, q8 or q4, the KV cache in E.
-/// One thread at a time.
+/// Sessions of several threads take turns, an answer at a time.
 template <class E>
 class BasicCuda {
   static_assert(std::is_same_v<E, float> || std::is_same_v<E, Half> || std::is_same_v<E, Bf16>, "m2lm::BasicCuda<E>: E is float, Half or Bf16");
@@ -46,6 +47,8 @@ class BasicCuda {
   cuda::Device& device() const { return *device_; }
   const std::shared_ptr<cuda::Device>& shared_device() const { return device_; }
   MemoryResource& memory() const { return *device_; }
+  /// What is done under this lock no other thread's work comes between.
+  [[nodiscard]] std::unique_lock<std::recursive_mutex> exclusive() const { return device_->exclusive(); }
   /// Waits until the device has done all that was asked of it. throws DeviceError for a kernel that has failed.
   void synchronize() const { device_->synchronize(); }
 

@@ -437,6 +437,7 @@ M2LM_CUDA_DEFINITION void* Device::allocate_zeroed(std::size_t bytes) {
 }
 M2LM_CUDA_DEFINITION void Device::release(void* p) noexcept {
   if (p == nullptr) return;
+  const auto turn = exclusive();  // no other thread is recording
   if (implementation_->recording)
     implementation_->released.push_back(p);  // cudaFree would end the recording
   else

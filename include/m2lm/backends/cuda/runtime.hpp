@@ -11,6 +11,7 @@
 #include <cstddef>
 #include <cstdint>
 #include <memory>
+#include <mutex>
 #include <string>
 #include <string_view>
 
@@ -77,6 +78,9 @@ class Device : public MemoryResource {
 
   const DeviceProperties& properties() const;
 
+  /// While one thread holds this, others that ask for it wait: models, sessions and their ends take it. It may be taken again by who has it.
+  [[nodiscard]] std::unique_lock<std::recursive_mutex> exclusive() { return std::unique_lock(mutex_); }
+
   // MemoryResource. allocate throws CapacityError naming both sizes when the device is full. zero is enqueued.
   void* allocate(std::size_t bytes) override;
   void* allocate_zeroed(std::size_t bytes) override;
@@ -118,6 +122,7 @@ class Device : public MemoryResource {
   Implementation& implementation() const { return *implementation_; }
 
  private:
+  std::recursive_mutex mutex_;
   std::unique_ptr<Implementation> implementation_;
 };
 
