@@ -15,7 +15,8 @@ namespace m2lm::cuda {
 /// for sums it takes 16 bytes of head_dim and every groups-th run of four keys. Running maxima are the same in all threads, running
 /// sums of exponentials are each thread's own until the end.
 template <class E, int Rows>
-M2LM_KERNEL void M2LM_LAUNCH_BOUNDS(attention_rows_policy.threads) attention_rows(AttentionArguments<E> a, int key_tile) {
+M2LM_KERNEL void M2LM_LAUNCH_BOUNDS(attention_rows_policy.threads, attention_rows_policy.blocks_per_multiprocessor)
+    attention_rows(AttentionArguments<E> a, int key_tile) {
   constexpr int piece = 16 / static_cast<int>(sizeof(E));
   constexpr int threads = attention_rows_policy.threads, warps = attention_rows_policy.warps();
   const int thread = static_cast<int>(threadIdx.x), warp = thread / 32, lane = thread % 32;
