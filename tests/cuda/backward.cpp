@@ -119,14 +119,64 @@ TEST_CASE_TEMPLATE("the gradient of a linear layer's input, written or added", E
     const auto got = twice([&] {
       const auto there = upload<E>(device, dy, extra), weight = upload<E>(device, w), dx = upload<E>(device, before, extra + 1);
       const PackedMatrix packed = packed_over(weight.view().data(), dtype_of<E>, n, k);
-      cuda::linear_input_gradient<E>(device, there.const_view(), packed, dx.view(), accumulate);
+      cuda::linear_input_gradient<E>(device, there.const_view(), packed, dx.view(), accumulate, nullptr);
       return Results<E>{dx.read()};
     });
     check<E>(got[0], expected, bound, concat("m=", m, " n=", n, " k=", k, " accumulate=", accumulate));
   }
-  const DeviceMatrix<E> x(device, 2, 32);
-  CHECK_THROWS_AS(cuda::linear_input_gradient<E>(device, x.const_view(), packed_over(x.view().data(), DType::q8, 32, 32), x.view(), false),
-                  OptionError);
+}
+
+namespace {
+
+/// w rounded to blocks of a format, and those blocks as a device has them.
+template <class Block>
+std::vector<std::byte> quantised(Numbers& w) {
+  const cuda::QuantisedLayout layout{Block::dtype, false, w.rows, w.cols};
+  std::vector<std::byte> out(layout.bytes());
+  for (std::int64_t row = 0; row < w.rows; ++row)
+    for (std::int64_t first = 0; first < w.cols; first += block_values) {
+      float values[block_values] = {};
+      const std::int64_t count = std::min<std::int64_t>(block_values, w.cols - first);
+      for (std::int64_t i = 0; i < count; ++i) values[i] = static_cast<float>(w.at(row, first + i));
+      const Block block = quantise<Block>(values);
+      for (std::int64_t i = 0; i < count; ++i) w.at(row, first + i) = static_cast<double>(dequantise(block, i));
+      std::byte* tiles = out.data() + static_cast<std::size_t>(row / 16) * layout.row_tile_bytes();
+      cuda::detail::place_block(block, first / block_values, row % 16, tiles, tiles + layout.scales_at());
+    }
+  return out;
+}
+
+template <class E, class Block>
+void check_quantised_input_gradient(Random& random) {
+  cuda::Device device(0);
+  Oracle oracle;
+  for (const auto& [m, n, k] : std::vector<std::array<std::int64_t, 3>>{{1, 1, 1}, {3, 16, 64}, {5, 37, 70}, {2, 20, 200}}) {
+    const Numbers dy = random_numbers<E>(random, m, n);
+    Numbers w = random_numbers<float>(random, n, k);
+    const DeviceArray<std::byte> there(device, quantised<Block>(w));
+    const auto expect = [&, rows = m, inputs = k, outputs = n](const Numbers& a, const Numbers& b) {
+      Numbers c(rows, inputs);
+      ops::linear_input_gradient(oracle.ctx, a.view(), packed_over(b.values.data(), DType::native, outputs, inputs), c.view());
+      return c;
+    };
+    const Numbers expected = expect(dy, w);
+    Numbers bound = expect(magnitudes(dy), magnitudes(w));
+    for (double& b : bound.values) b *= chain(n) + (std::is_same_v<E, float> ? 0 : roundoff<E>);  // the value of a block is exact in f32
+    const auto dy_there = upload<E>(device, dy);
+    const DeviceMatrix<E> dx(device, m, k);
+    const PackedMatrix packed = packed_over(there.data(), Block::dtype, n, k);
+    const DeviceArray<std::byte> scratch(device, cuda::linear_input_gradient_scratch<E>(packed));
+    cuda::linear_input_gradient<E>(device, dy_there.const_view(), packed, dx.view(), false, scratch.data());
+    check<E>(dx.read(), expected, bound, concat(dtype_name(Block::dtype), " m=", m, " n=", n, " k=", k));
+  }
+}
+
+}  // namespace
+
+TEST_CASE_TEMPLATE("gradients go through quantised weights", E, float, Half, Bf16) {
+  Random random(9);
+  check_quantised_input_gradient<E, Q8Block>(random);
+  check_quantised_input_gradient<E, Q4Block>(random);
 }
 
 TEST_CASE_TEMPLATE("the gradients of a linear layer's weight and bias are added", E, float, Half, Bf16) {

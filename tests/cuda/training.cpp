@@ -55,7 +55,7 @@ TEST_CASE_FIXTURE(Fixture, "linear layers") {
   for (const bool accumulate : {false, true}) {
     const auto by_op = copy(dx), by_kernel = copy(dx);
     ops::linear_input_gradient(ctx, Matrix<const Element>(opaque(dy.view())), packed, opaque(by_op.view()), accumulate);
-    cuda::linear_input_gradient<Bf16>(device, dy.const_view(), packed, by_kernel.view(), accumulate);
+    cuda::linear_input_gradient<Bf16>(device, dy.const_view(), packed, by_kernel.view(), accumulate, nullptr);
     check_same(by_op, by_kernel, dx);
   }
   const auto dw_op = copy(dw), dw_kernel = copy(dw), db_op = copy(db), db_kernel = copy(db);

@@ -102,9 +102,12 @@ void sample(Device& device, Matrix<float> logits, SamplerRow* rows, std::uint32_
 // The gradients of ops/*.hpp, which say what each computes and what may alias what. Empty views and null pointers are left out as there.
 // Sums are in f32 and in an order that depends on sizes alone.
 
-/// dx (+)= dy·w. throws OptionError for a quantised w.
+/// Bytes of scratch that linear_input_gradient wants: a quantised w as E.
 template <class E>
-void linear_input_gradient(Device& device, Matrix<const E> dy, const PackedMatrix& w, Matrix<E> dx, bool accumulate);
+std::size_t linear_input_gradient_scratch(const PackedMatrix& w);
+/// dx (+)= dy·w. The values of a quantised w are rounded to E.
+template <class E>
+void linear_input_gradient(Device& device, Matrix<const E> dy, const PackedMatrix& w, Matrix<E> dx, bool accumulate, void* scratch);
 /// dw += dyᵀ·x, db += Σ rows of dy.
 template <class E>
 void linear_weight_gradient(Device& device, Matrix<const E> x, Matrix<const E> dy, Matrix<E> dw, E* db);

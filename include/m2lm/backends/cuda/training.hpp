@@ -35,7 +35,9 @@ namespace ops {
 template <class E>
 struct Impl<LinearInputGradient, BasicCuda<E>> {
   static void run(Context<BasicCuda<E>>& ctx, Matrix<const OnDevice<E>> dy, const PackedMatrix& w, Matrix<OnDevice<E>> dx, bool accumulate) {
-    cuda::linear_input_gradient<E>(ctx.backend.device(), detail::raw(dy), w, detail::raw(dx), accumulate);
+    const Arena::Scope scope(ctx.arena);
+    std::byte* scratch = detail::device_scratch(ctx, cuda::linear_input_gradient_scratch<E>(w));
+    cuda::linear_input_gradient<E>(ctx.backend.device(), detail::raw(dy), w, detail::raw(dx), accumulate, scratch);
   }
 };
 

@@ -7,6 +7,7 @@
 #include <m2lm/backends/cuda/kernels.hpp>
 #include <m2lm/backends/cuda/kernels/activation.cuh>
 #include <m2lm/backends/cuda/kernels/rows.cuh>
+#include <m2lm/backends/cuda/quantised_layout.hpp>
 #include <m2lm/ops/loss.hpp>
 
 #include <algorithm>
@@ -133,6 +134,55 @@ struct RotateRowBackward {
     store_elements<N>(p + half, b);
   }
 };
+
+// ---- quantised weights --------------------------------------------------------------------------------------------------------------
+
+/// What QuantisedLayout says of a matrix, for kernels.
+struct QuantisedRows {
+  const std::byte* data;
+  std::int64_t row_tile_bytes, scales_at, rows, columns;
+};
+
+/// A block per tile: thread 8r + 4b + t writes columns 8t … 8t + 7 of block b of row r, so that 8 threads write 64 neighbours.
+template <DType Format, class E>
+M2LM_KERNEL void unpack_quantised_tiles(QuantisedRows matrix, E* to) {
+  constexpr int tile_rows = static_cast<int>(QuantisedLayout::tile_rows), tile_columns = static_cast<int>(QuantisedLayout::tile_columns),
+                tile_scales = static_cast<int>(QuantisedLayout::tile_scales);
+  const int t = static_cast<int>(threadIdx.x) % 4, b = static_cast<int>(threadIdx.x) / 4 % 2, r = static_cast<int>(threadIdx.x) / 8;
+  const int g = r % 8, half = r / 8, lane = 4 * g + t;
+  const std::int64_t row = std::int64_t{blockIdx.x} * tile_rows + r, column = std::int64_t{blockIdx.y} * tile_columns + 32 * b + 8 * t;
+  if (row >= matrix.rows) return;
+  const std::byte* row_of_tiles = matrix.data + blockIdx.x * matrix.row_tile_bytes;
+  const auto* scales = reinterpret_cast<const Half*>(row_of_tiles + matrix.scales_at) + std::int64_t{blockIdx.y} * tile_scales;
+  const float scale = load(scales[4 * g + 2 * b + half]);
+  int values[8];
+  if constexpr (Format == DType::q8) {
+    std::uint32_t words[2];
+    load_words(row_of_tiles + std::int64_t{blockIdx.y} * 1024 + 512 * b + 16 * lane + 8 * half, words);
+    M2LM_UNROLL
+    for (int c = 0; c < 8; ++c) values[c] = static_cast<int>(words[c / 4] >> (8 * (c % 4)) & 0xffU) - 128;
+  } else {
+    static_assert(Format == DType::q4, "m2lm: quantised weights are q8 or q4");
+    std::uint32_t word[1];
+    load_words(row_of_tiles + std::int64_t{blockIdx.y} * 512 + 16 * lane + 4 * (2 * b + half), word);
+    M2LM_UNROLL
+    for (int c = 0; c < 8; ++c) values[c] = static_cast<int>(word[0] >> (4 * (c / 2) + 16 * (c % 2)) & 0xfU) - 8;
+  }
+  M2LM_UNROLL
+  for (int c = 0; c < 8; ++c)
+    if (column + c < matrix.columns) to[row * matrix.columns + column + c] = store<E>(scale * static_cast<float>(values[c]));
+}
+
+/// The rows of a matrix that is not gated, one after another. Returns `to`.
+template <DType Format, class E>
+const E* unpack_quantised(Device& device, const PackedMatrix& w, E* to) {
+  const QuantisedLayout layout{Format, false, w.rows, w.cols};
+  const QuantisedRows rows{w.data.get(), static_cast<std::int64_t>(layout.row_tile_bytes()), static_cast<std::int64_t>(layout.scales_at()), w.rows,
+                           w.cols};
+  launch(device, "unpack_quantised_tiles", unpack_quantised_tiles<Format, E>,
+         {.grid_x = static_cast<unsigned>(layout.row_tiles()), .grid_y = static_cast<unsigned>(layout.column_tiles()), .block_x = 128}, rows, to);
+  return to;
+}
 
 // ---- norms: a block per row, then a block per 32 columns --------------------------------------------------------------------------
 
@@ -548,13 +598,20 @@ M2LM_KERNEL M2LM_LAUNCH_BOUNDS(backward_policy.threads) void cross_entropy_rows(
 // ---- what the host calls ------------------------------------------------------------------------------------------------------------
 
 template <class E>
-void linear_input_gradient(Device& device, Matrix<const E> dy, const PackedMatrix& w, Matrix<E> dx, bool accumulate) {
-  require<OptionError>(w.format == dtype_of<E>, "m2lm::cuda::linear_input_gradient: the weight is in ", dtype_name(w.format),
-                       ", gradients go through ", dtype_name(dtype_of<E>), " only; prepare the layer in that precision");
+std::size_t linear_input_gradient_scratch(const PackedMatrix& w) {
+  return is_block_format(w.format) ? static_cast<std::size_t>(w.rows * w.cols) * sizeof(E) : 0;
+}
+
+template <class E>
+void linear_input_gradient(Device& device, Matrix<const E> dy, const PackedMatrix& w, Matrix<E> dx, bool accumulate, void* scratch) {
+  if (dx.elements() == 0) return;
+  const void* rows = w.data.get();
+  if (w.format == DType::q8) rows = detail::unpack_quantised<DType::q8>(device, w, static_cast<E*>(scratch));
+  if (w.format == DType::q4) rows = detail::unpack_quantised<DType::q4>(device, w, static_cast<E*>(scratch));
   device.multiply({.dtype = dtype_of<E>,
                    .x = dy.data(),
                    .ldx = dy.stride(0),
-                   .w = w.data.get(),
+                   .w = rows,
                    .transpose_w = true,
                    .m = dx.extent(0),
                    .n = w.cols,
