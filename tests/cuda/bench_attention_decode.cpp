@@ -17,7 +17,7 @@ TEST_CASE("bench: every way of decode attention computes the same") {
     int heads, kv_heads, head_dim, count;
   };
   for (const Size& size : {Size{4, 2, 64, 1}, Size{4, 1, 64, 129}, Size{2, 2, 128, 300}, Size{8, 2, 64, 600}}) {
-    const auto [heads, kv_heads, head_dim, count] = size;
+    const int heads = size.heads, kv_heads = size.kv_heads, head_dim = size.head_dim, count = size.count;
     const int capacity = count + 3;
     const auto q = random.elements<Bf16>(heads * head_dim), k = random.elements<Bf16>(kv_heads * capacity * head_dim),
                v = random.elements<Bf16>(kv_heads * capacity * head_dim);
