@@ -15,6 +15,7 @@
 #include <cstring>
 #include <map>
 #include <memory>
+#include <new>
 #include <string>
 #include <string_view>
 #include <utility>
@@ -438,10 +439,16 @@ M2LM_CUDA_DEFINITION void* Device::allocate_zeroed(std::size_t bytes) {
 M2LM_CUDA_DEFINITION void Device::release(void* p) noexcept {
   if (p == nullptr) return;
   const auto turn = exclusive();  // no other thread is recording
-  if (implementation_->recording)
-    implementation_->released.push_back(p);  // cudaFree would end the recording
-  else
-    cudaFree(p);  // waits for what is enqueued; needs no current device
+  Implementation& self = *implementation_;
+  if (!self.recording) {
+    cudaStreamSynchronize(self.stream.get());  // what is enqueued may use it; a fault of it is reported by the next call
+    cudaFree(p);
+    return;
+  }
+  try {
+    self.released.push_back(p);      // cudaFree would end the recording
+  } catch (const std::bad_alloc&) {  // the device keeps it until the process ends
+  }
 }
 M2LM_CUDA_DEFINITION void Device::zero(void* p, std::size_t bytes) {
   implementation_->check("zero");
