@@ -524,6 +524,7 @@ inline std::shared_ptr<void> Device::pinned(std::size_t bytes) {
 inline void Device::copy_to_pinned(void* to, const void* from, std::size_t bytes, int mark) {
   Implementation& self = *implementation_;
   detail::require_mark(mark);
+  self.check_host_call("copy_to_pinned");
   self.check_range("copy_to_pinned", from, bytes);
   require<DeviceError>(emulation::detail::pinned_ranges()->holds(to, bytes), "m2lm::cuda::Device::copy_to_pinned: `to` is not in pinned memory");
   self.enqueue({"Device::copy_to_pinned", false, [=, &self] {

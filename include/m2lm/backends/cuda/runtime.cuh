@@ -107,7 +107,7 @@ class CurrentDevice {
 
 struct Device::Implementation {
   /// What cuBLASLt chooses a kernel by.
-  using ProductKey = std::array<std::int64_t, 15>;
+  using ProductKey = std::array<std::int64_t, 16>;
 
   /// A pinned buffer: copies from its first `used` bytes are enqueued; `copied` is reached when they are done.
   struct Staging {
@@ -345,7 +345,8 @@ struct Device::Implementation {
                          alignments[0],
                          alignments[1],
                          alignments[2],
-                         alignments[3]};
+                         alignments[3],
+                         alignment(p.bias)};  // its address is part of what a kernel is chosen by
     const cublasLtMatmulAlgo_t& chosen = algorithm(key, p, &operation, {&a, &b, &residual, &d}, alignments);
     const float alpha = 1, beta = p.residual != nullptr ? 1.0F : 0.0F;
     last_kernel = "cublasLtMatmul";
@@ -542,13 +543,10 @@ M2LM_CUDA_DEFINITION std::shared_ptr<void> Device::pinned(std::size_t bytes) {
 M2LM_CUDA_DEFINITION void Device::copy_to_pinned(void* to, const void* from, std::size_t bytes, int mark) {
   Implementation& self = *implementation_;
   detail::require_mark(mark);
-  self.check("copy_to_pinned");
+  self.check_host_call("copy_to_pinned");
   const detail::CurrentDevice current(properties().ordinal);
   self.require(cudaMemcpyAsync(to, from, bytes, cudaMemcpyDeviceToHost, self.stream.get()), "cudaMemcpyAsync of ", bytes, " bytes to pinned memory");
-  // External: inside a recorded step the mark is set each time that the step runs, for the host to see.
-  self.require(cudaEventRecordWithFlags(self.marks[static_cast<std::size_t>(mark)].get(), self.stream.get(),
-                                        self.recording ? cudaEventRecordExternal : cudaEventRecordDefault),
-               "cudaEventRecordWithFlags");
+  self.require(cudaEventRecord(self.marks[static_cast<std::size_t>(mark)].get(), self.stream.get()), "cudaEventRecord");
 }
 M2LM_CUDA_DEFINITION void Device::wait_for(int mark) {
   detail::require_mark(mark);

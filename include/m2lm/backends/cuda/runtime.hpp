@@ -107,14 +107,14 @@ class Device : public MemoryResource {
 
   /// Enqueues what `body` enqueues. The first time a key is seen, body runs as it is (memory settles); the second time it is recorded
   /// as a graph; from then on the graph is launched and body is not run. Returns whether body was run. While it is recorded body must
-  /// not allocate, copy to or from the host, or wait.
+  /// not allocate, copy to or from the host, or wait: DeviceError.
   bool replay(const ReplayKey& key, FunctionRef<void()> body);
   /// Forgets all recorded steps: addresses have changed.
   void forget_replays();
 
   /// Memory of the host that the device writes to directly (pinned), `bytes` long, freed with the pointer.
   std::shared_ptr<void> pinned(std::size_t bytes);
-  /// Enqueues a copy to pinned memory, and a mark behind it.
+  /// Enqueues a copy to pinned memory, and a mark behind it; not inside a recorded step.
   void copy_to_pinned(void* to, const void* from, std::size_t bytes, int mark);
   /// Waits until mark `mark` (0 to 7) is reached; this is no wait for the stream.
   void wait_for(int mark);
