@@ -155,15 +155,13 @@ M2LM_IMPL void cpu_linear(const Cpu& cpu, Arena& arena, Matrix<const float> x, c
               .gated = w.gated, .bias = epilogue.bias, .activation = epilogue.activation, .residual = epilogue.residual.data(),
               .ld_residual = epilogue.residual.stride(0), .y = y.data(), .ldy = y.stride(0)};
   if (kernels.quantise) {
-    std::int8_t* values = arena.take<std::int8_t>(m * k);
-    float* scales = arena.take<float>(m * k / block_values);
-    std::int32_t* starts = arena.take<std::int32_t>(m * k / block_values);
-    cpu_for_rows(cpu, m, m * k, [&](std::int64_t i) {
-      kernels.quantise(x.row(i), w.cols, k, values + i * k, scales + i * k / block_values, starts + i * k / block_values);
-    });
-    job.x_values = values;
-    job.x_scales = scales;
-    job.x_starts = starts;
+    job.rows.group = std::min(m, kernels.row_group);
+    job.rows.blocks = k / block_values;
+    const std::int64_t blocks = round_up(m, job.rows.group) * job.rows.blocks;
+    job.rows.values = arena.take<std::int8_t>(blocks * block_values);
+    job.rows.scales = arena.take<float>(blocks);
+    job.rows.starts = arena.take<std::int32_t>(blocks);
+    cpu_for_rows(cpu, m, m * k, [&](std::int64_t i) { kernels.quantise(x.row(i), w.cols, job.rows, i); });
   }
   const std::size_t scratch_bytes = kernels.gemm_scratch(m);
   std::byte* scratch = arena.take<std::byte>(static_cast<std::int64_t>(scratch_bytes) * parts);

@@ -66,13 +66,24 @@ Block load_from_tile(const std::byte* tile, std::int64_t lane) {
   return block;
 }
 
+/// Rows of x in blocks of 8 bits, in groups of `group` rows that pass by the weights together: block b of the rows of a group lie side by
+/// side, then block b + 1. So a tile of rows is read from one place on, at fixed distances. x[i] is about scale · value, |error| <=
+/// scale/2; start = -offset · Σ values of the block. A block with NaN or infinity has scale NaN.
+struct QuantisedRows {
+  std::int8_t* values = nullptr;   ///< [groups][k/32][group][32]
+  float* scales = nullptr;         ///< [groups][k/32][group]
+  std::int32_t* starts = nullptr;  ///< [groups][k/32][group]
+  std::int64_t group = 1, blocks = 0;
+
+  /// Index of block 0 of a row; the next one is `group` further.
+  std::int64_t first_block(std::int64_t row) const { return row / group * group * blocks + row % group; }
+};
+
 struct GemmJob {
   const float* x = nullptr;
   std::int64_t ldx = 0;
-  /// With weights in blocks, instead of x: its rows as FormatKernels::quantise makes them, k and k/32 elements apart.
-  const std::int8_t* x_values = nullptr;
-  const float* x_scales = nullptr;
-  const std::int32_t* x_starts = nullptr;
+  /// With weights in blocks, what is read instead of x.
+  QuantisedRows rows{};
   const std::byte* w = nullptr;
   std::int64_t m = 0, n = 0, k = 0;  ///< n counts rows of w; k is padded to the format's step
   std::int64_t cols = 0;             ///< k without padding
@@ -140,10 +151,10 @@ struct TrainingKernels {
 struct FormatKernels {
   bool bf16_activations = false;  ///< x is rounded to bf16, and so are q and the probabilities of attention
   std::int64_t k_step = 1;        ///< inputs are padded to a multiple of this
-  /// Weights in blocks: makes a row of x blocks of 8 bits, for all threads and panels: `cols` values, zeros up to k. x[i] is about
-  /// scales[i/32] · values[i], |error| <= scale/2; starts[b] = -offset · Σ values of block b. A block with NaN or infinity has scale NaN.
-  /// Null where the kernels read x itself.
-  void (*quantise)(const float* x, std::int64_t cols, std::int64_t k, std::int8_t* values, float* scales, std::int32_t* starts) = nullptr;
+  /// Weights in blocks: rounds row `row` of x, `cols` values and zeros behind them, for all threads and panels. Null where the kernels read
+  /// x itself.
+  void (*quantise)(const float* x, std::int64_t cols, const QuantisedRows& rows, std::int64_t row) = nullptr;
+  std::int64_t row_group = 0;  ///< of QuantisedRows, where there are so many rows
   void (*gemm)(const GemmJob&, int part, int parts, std::byte* scratch) = nullptr;
   std::size_t (*gemm_scratch)(std::int64_t m) = nullptr;
   void (*attention)(const AttentionJob&, int part, int parts, std::byte* scratch) = nullptr;

@@ -40,7 +40,11 @@ M2LM_REGION_END
 M2LM_REGION_BEGIN("avx2,fma,f16c,avxvnni")
 namespace m2lm::detail::cpu_avx2::vnni {
 #include <m2lm/backends/cpu/kernels/bytes_avx2.inc.hpp>
-inline Ints dot_four(Ints sum, Ints w, Ints x) { return _mm256_dpbusd_avx_epi32(sum, w, x); }
+inline Ints dot_four(Ints sum, Ints w, const std::int8_t* x) {
+  std::int32_t four;
+  __builtin_memcpy(&four, x, sizeof(four));
+  return _mm256_dpbusd_avx_epi32(sum, w, set_ints(four));
+}
 #include <m2lm/backends/cpu/kernels/dot_vnni.inc.hpp>
 #include <m2lm/backends/cpu/kernels/blocks.inc.hpp>
 }  // namespace m2lm::detail::cpu_avx2::vnni
@@ -63,7 +67,14 @@ M2LM_REGION_END
 M2LM_REGION_BEGIN("avx2,fma,f16c,avx512f,avx512bw,avx512dq,avx512vl,avx512vnni")
 namespace m2lm::detail::cpu_avx512::vnni {
 #include <m2lm/backends/cpu/kernels/bytes_avx512.inc.hpp>
-inline Ints dot_four(Ints sum, Ints w, Ints x) { return _mm512_dpbusd_epi32(sum, w, x); }
+inline Ints dot_four(Ints sum, Ints w, const std::int8_t* x) {
+  struct [[gnu::may_alias, gnu::packed]] Four {
+    std::int32_t bytes;
+  };
+  // g++ 12 does not fold a broadcast into the operand, and instructions are what a product of many rows runs out of.
+  asm("vpdpbusd %2%{1to16%}, %1, %0" : "+v"(sum) : "v"(w), "m"(*reinterpret_cast<const Four*>(x)));
+  return sum;
+}
 #include <m2lm/backends/cpu/kernels/dot_vnni.inc.hpp>
 #include <m2lm/backends/cpu/kernels/blocks.inc.hpp>
 }  // namespace m2lm::detail::cpu_avx512::vnni

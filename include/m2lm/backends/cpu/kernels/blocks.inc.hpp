@@ -11,45 +11,56 @@ inline constexpr std::int64_t prefetch_distance = 9216;
 // Rows up to which the weights are what a product waits for.
 inline constexpr int prefetch_rows = 4;
 
-// c[Rows][16] = x[Rows][k] · strip. Every output is one chain of fused multiply-adds over the blocks in ascending order, whatever
-// `Rows` is.
+// Vectors of a strip that are computed together: all for one row, which the weights are read for once; else one, so that a block of
+// weights and the sums fit into the registers.
+template <int Rows>
+inline constexpr int vectors_together = Rows == 1 ? vectors_per_strip : 1;
+
+// c[Rows][16] = x[Rows][k] · strip, of rows of one group. Every output is one chain of fused multiply-adds over the blocks in ascending
+// order, whatever `Rows` is.
 template <DType format, int Rows>
-[[gnu::noinline]] void multiply_strip(const GemmJob& job, std::int64_t row, const std::byte* strip, float* c, std::int64_t ldc) {
-  const std::int64_t blocks = job.k / block_values;
-  const std::int8_t* x = job.x_values + row * job.k;
-  const float* scales = job.x_scales + row * blocks;
-  const std::int32_t* starts = job.x_starts + row * blocks;
-  Vec sum[Rows][vectors_per_strip];
-  M2LM_UNROLL
-  for (int r = 0; r < Rows; ++r)
+[[gnu::noinline]] void multiply_strip(const QuantisedRows& rows, std::int64_t row, const std::byte* strip, float* c, std::int64_t ldc) {
+  constexpr int together = vectors_together<Rows>;
+  for (int first = 0; first < vectors_per_strip; first += together) {
+    const std::int8_t* x = rows.values + rows.first_block(row) * block_values;
+    const float* scales = rows.scales + rows.first_block(row);
+    const std::int32_t* starts = rows.starts + rows.first_block(row);
+    const std::byte* tile = strip;
+    const std::byte* const end = strip + rows.blocks * tile_bytes(format);
+    Vec sum[Rows][together];
     M2LM_UNROLL
-    for (int v = 0; v < vectors_per_strip; ++v) sum[r][v] = set(0.0F);
-  for (std::int64_t b = 0; b < blocks; ++b, strip += tile_bytes(format)) {
-    if constexpr (Rows <= prefetch_rows)
-      for (std::int64_t line = 0; line < tile_bytes(format); line += 64) __builtin_prefetch(strip + prefetch_distance + line);
-    const std::byte* weight_scales = strip + tile_values_bytes(format);
-    M2LM_UNROLL
-    for (int v = 0; v < vectors_per_strip; ++v) {
-      const BlockWeights<format> w(strip + v * width * 4);
-      const Vec weight_scale = load_halves(weight_scales + v * width * 2);
+    for (int r = 0; r < Rows; ++r)
       M2LM_UNROLL
-      for (int r = 0; r < Rows; ++r) {
-        const Vec product = w.dot(x + r * job.k + b * block_values, starts[r * blocks + b]);
-        sum[r][v] = fma(product * weight_scale, set(scales[r * blocks + b]), sum[r][v]);
+      for (int v = 0; v < together; ++v) sum[r][v] = set(0.0F);
+    for (; tile < end; tile += tile_bytes(format), x += rows.group * block_values, scales += rows.group, starts += rows.group) {
+      if constexpr (Rows <= prefetch_rows)
+        for (std::int64_t line = 0; line < tile_bytes(format); line += 64) __builtin_prefetch(tile + prefetch_distance + line);
+      M2LM_UNROLL
+      for (int v = 0; v < together; ++v) {
+        const BlockWeights<format> w(tile + (first + v) * width * 4);
+        const Vec weight_scale = load_halves(tile + tile_values_bytes(format) + (first + v) * width * 2);
+        constexpr int turns = Rows < rows_in_turn ? Rows : rows_in_turn;
+        M2LM_UNROLL
+        for (int r = 0; r < Rows; r += turns) {
+          Vec products[turns];
+          w.dot(x + r * block_values, starts + r, products);
+          M2LM_UNROLL
+          for (int i = 0; i < turns; ++i) sum[r + i][v] = fma(products[i] * weight_scale, set(scales[r + i]), sum[r + i][v]);
+        }
       }
     }
-  }
-  M2LM_UNROLL
-  for (int r = 0; r < Rows; ++r)
     M2LM_UNROLL
-    for (int v = 0; v < vectors_per_strip; ++v) store(c + r * ldc + v * width, sum[r][v]);
+    for (int r = 0; r < Rows; ++r)
+      M2LM_UNROLL
+      for (int v = 0; v < together; ++v) store(c + r * ldc + (first + v) * width, sum[r][v]);
+  }
 }
 
-// Any number of rows, in tiles of block_rows, then of half as many and so on.
+// Any number of rows from the first of a group on, in tiles of block_rows, then of half as many and so on.
 template <DType format, int Rows = block_rows>
 inline void multiply_rows(const GemmJob& job, std::int64_t row, std::int64_t rows, const std::byte* strip, float* c) {
   std::int64_t r = 0;
-  for (; r + Rows <= rows; r += Rows) multiply_strip<format, Rows>(job, row + r, strip, c + r * panel_width, panel_width);
+  for (; r + Rows <= rows; r += Rows) multiply_strip<format, Rows>(job.rows, row + r, strip, c + r * panel_width, panel_width);
   if constexpr (Rows > 1)
     if (r < rows) multiply_rows<format, Rows / 2>(job, row + r, rows - r, strip, c + r * panel_width);
 }
@@ -57,11 +68,11 @@ inline void multiply_rows(const GemmJob& job, std::int64_t row, std::int64_t row
 // Rows that pass by a strip, which stays in L1: their blocks (512 KB) stay in L2 meanwhile.
 inline std::int64_t rows_at_once(std::int64_t k) {
   const std::int64_t fit = (std::int64_t{1} << 19) / (k > 0 ? k : 1) / block_rows * block_rows;
-  return fit < block_rows ? block_rows : fit > gemm_row_block ? round_up(gemm_row_block, block_rows) : fit;
+  return fit < block_rows ? block_rows : fit > gemm_row_block ? gemm_row_block / block_rows * block_rows : fit;
 }
 
 inline std::size_t block_gemm_scratch(std::int64_t m) {
-  const std::int64_t rows = m < gemm_row_block ? m : round_up(gemm_row_block, block_rows);
+  const std::int64_t rows = m < gemm_row_block ? m : gemm_row_block;
   return static_cast<std::size_t>(rows * panel_width) * sizeof(float);
 }
 
@@ -87,11 +98,14 @@ void block_gemm(const GemmJob& job, int part, int parts, std::byte* scratch) {
   }
 }
 
-// Blocks of a row of x: see FormatKernels::quantise.
+// Blocks of a row of x: see QuantisedRows.
 template <DType format>
-void quantise_row(const float* x, std::int64_t cols, std::int64_t k, std::int8_t* values, float* scales, std::int32_t* starts) {
+void quantise_row(const float* x, std::int64_t cols, const QuantisedRows& rows, std::int64_t row) {
   constexpr int vectors = static_cast<int>(block_values) / width;
-  for (std::int64_t b = 0; b < k / block_values; ++b, values += block_values) {
+  std::int8_t* values = rows.values + rows.first_block(row) * block_values;
+  float* scales = rows.scales + rows.first_block(row);
+  std::int32_t* starts = rows.starts + rows.first_block(row);
+  for (std::int64_t b = 0; b < rows.blocks; ++b, values += rows.group * block_values, scales += rows.group, starts += rows.group) {
     const float* from = x + b * block_values;
     float edge[block_values] = {};
     if (const std::int64_t given = cols - b * block_values; given < block_values) {
@@ -107,11 +121,11 @@ void quantise_row(const float* x, std::int64_t cols, std::int64_t k, std::int8_t
     }
     const float scale = reduce_max(largest) / 127.0F;
     const float inverse = 1.0F / scale;
-    scales[b] = scale + reduce_add(nothing);
-    const bool usable = scales[b] == scale && inverse <= 3.4028234e38F;  // a scale of 0 has no inverse, and a very small one too
+    *scales = scale + reduce_add(nothing);
+    const bool usable = *scales == scale && inverse <= 3.4028234e38F;  // a scale of 0 has no inverse, and a very small one too
     if (!usable) {
       __builtin_memset(values, 0, static_cast<std::size_t>(block_values));
-      starts[b] = 0;
+      *starts = 0;
       continue;
     }
     Vec total = set(0.0F);
@@ -121,7 +135,7 @@ void quantise_row(const float* x, std::int64_t cols, std::int64_t k, std::int8_t
       store_bytes(values + i * width, rounded);
       total = total + rounded;
     }
-    starts[b] = -value_offset(format) * static_cast<std::int32_t>(reduce_add(total));
+    *starts = -value_offset(format) * static_cast<std::int32_t>(reduce_add(total));
   }
 }
 
@@ -130,6 +144,7 @@ inline FormatKernels block_kernels() {
   return {.bf16_activations = false,
           .k_step = block_values,
           .quantise = &quantise_row<format>,
+          .row_group = block_rows,
           .gemm = &block_gemm<format>,
           .gemm_scratch = &block_gemm_scratch,
           .attention = nullptr,

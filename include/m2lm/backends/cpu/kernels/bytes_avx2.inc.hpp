@@ -1,6 +1,7 @@
 // What the products of blocks share at level avx2. Included inside a namespace of the level and its target region.
 
-inline constexpr int block_rows = 4;
+inline constexpr int block_rows = 4;    // of a tile
+inline constexpr int rows_in_turn = 2;  // whose products are interleaved
 
 using Ints = __m256i;
 

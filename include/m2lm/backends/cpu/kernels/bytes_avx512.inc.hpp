@@ -1,6 +1,7 @@
 // Vectors of bytes at level avx512, for products of blocks. Included inside the level's namespace and target region.
 
-inline constexpr int block_rows = 16;
+inline constexpr int block_rows = 16;   // of a tile
+inline constexpr int rows_in_turn = 4;  // whose products are interleaved: with 16 sums and 8 vectors of weights that fills the registers
 
 using Ints = __m512i;
 

@@ -1,7 +1,8 @@
 // Products of blocks by the compiler's vector extension: in f32, where all sums of a block are exact (|sum| < 2^24). Included inside a
 // namespace of the level.
 
-inline constexpr int block_rows = 4;
+inline constexpr int block_rows = 4;    // of a tile
+inline constexpr int rows_in_turn = 4;  // whose products are interleaved
 
 using Words [[gnu::vector_size(16)]] = unsigned;
 
@@ -36,9 +37,13 @@ struct BlockWeights {
       }
     }
   }
-  Vec dot(const std::int8_t* x, std::int32_t start) const {
-    Vec sum = set(static_cast<float>(start));
-    for (int i = 0; i < static_cast<int>(block_values); ++i) sum = fma(w[i], set(static_cast<float>(x[i])), sum);
-    return sum;
+  // out[r] = starts[r] + Σ w · (block r of x).
+  template <int rows>
+  void dot(const std::int8_t* x, const std::int32_t* starts, Vec (&out)[rows]) const {
+    for (int r = 0; r < rows; ++r) {
+      Vec sum = set(static_cast<float>(starts[r]));
+      for (int i = 0; i < static_cast<int>(block_values); ++i) sum = fma(w[i], set(static_cast<float>(x[r * block_values + i])), sum);
+      out[r] = sum;
+    }
   }
 };

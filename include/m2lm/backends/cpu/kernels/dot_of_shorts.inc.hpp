@@ -18,7 +18,14 @@ struct BlockWeights {
     M2LM_UNROLL
     for (int j = 0; j < groups; ++j) w[j] = load_ints(p + j * 64);
   }
-  // start + Σ w · x.
+  // out[r] = starts[r] + Σ w · (block r of x).
+  template <int rows>
+  [[gnu::always_inline]] void dot(const std::int8_t* x, const std::int32_t* starts, Vec (&out)[rows]) const {
+    M2LM_UNROLL
+    for (int r = 0; r < rows; ++r) out[r] = dot(x + r * block_values, starts[r]);
+  }
+
+ private:
   [[gnu::always_inline]] Vec dot(const std::int8_t* x, std::int32_t start) const {
     // q8: the two halves of each weight take the same inputs; q4: those of a byte are 16 inputs apart.
     constexpr int apart = format == DType::q8 ? 0 : 16;

@@ -1,12 +1,6 @@
 // Products of blocks by VPDPBUSD: four products of unsigned and signed bytes, added to 32 bits without saturation.
 // Included inside a namespace of a level, behind its dot_four, and its target region.
 
-inline Ints broadcast_four(const std::int8_t* x) {
-  std::int32_t four;
-  __builtin_memcpy(&four, x, sizeof(four));
-  return set_ints(four);
-}
-
 // 32 inputs of `width` outputs.
 template <DType format>
 struct BlockWeights {
@@ -25,11 +19,17 @@ struct BlockWeights {
       }
     }
   }
-  // start + Σ w · x.
-  [[gnu::always_inline]] Vec dot(const std::int8_t* x, std::int32_t start) const {
-    Ints sum = set_ints(start);
+  // out[r] = starts[r] + Σ w · (block r of x). The rows take turns: each is a chain of eight products that wait for each other.
+  template <int rows>
+  [[gnu::always_inline]] void dot(const std::int8_t* x, const std::int32_t* starts, Vec (&out)[rows]) const {
+    Ints sum[rows];
     M2LM_UNROLL
-    for (int j = 0; j < 8; ++j) sum = dot_four(sum, w[j], broadcast_four(x + 4 * j));
-    return to_vec(sum);
+    for (int r = 0; r < rows; ++r) sum[r] = set_ints(starts[r]);
+    M2LM_UNROLL
+    for (int j = 0; j < 8; ++j)
+      M2LM_UNROLL
+      for (int r = 0; r < rows; ++r) sum[r] = dot_four(sum[r], w[j], x + r * block_values + 4 * j);
+    M2LM_UNROLL
+    for (int r = 0; r < rows; ++r) out[r] = to_vec(sum[r]);
   }
 };
