@@ -127,14 +127,18 @@ Worst compare(const Problem& p, const Data<E, Out>& data, const std::vector<doub
 /// linear on the device.
 template <class E, class Out>
 std::vector<Out> run(cuda::Device& device, const PackedMatrix& w, const Problem& p, const Data<E, Out>& data) {
-  DeviceMatrix<E> x(device, p.m, p.k, data.x, p.extra, p.offset);
-  DeviceMatrix<Out> residual(device, p.m, p.n, data.residual, p.extra, p.offset);
+  // Behind the columns of x are NaN: what is read there shows, though the weights there are zero.
+  const std::int64_t ldx = p.k + p.extra;
+  std::vector<E> rows(static_cast<std::size_t>(p.m * ldx), element<E>(std::numeric_limits<float>::quiet_NaN()));
+  for (std::int64_t i = 0; i < p.m * p.k; ++i) rows[static_cast<std::size_t>(i / p.k * ldx + i % p.k)] = data.x[static_cast<std::size_t>(i)];
+  const DeviceArray<E> x(device, rows, p.offset);
+  DeviceMatrix<Out> residual(device, p.m, p.n, data.residual, p.extra + 8, p.offset);
   DeviceMatrix<Out> y(device, p.m, p.n, p.extra, p.offset);
   DeviceArray<E> bias(device, data.bias, p.offset);
   const std::size_t scratch_bytes = cuda::linear_scratch<E>(p.m, w);
   void* scratch = scratch_bytes == 0 ? nullptr : device.allocate(scratch_bytes);
   const Matrix<Out> out = p.residual && p.alias ? residual.view() : y.view();
-  cuda::linear<E, Out>(device, x.const_view(), w, p.bias ? bias.data() : nullptr, p.activation, p.residual ? residual.const_view() : Matrix<const Out>{}, out, scratch);
+  cuda::linear<E, Out>(device, Matrix<const E>(x.data(), {p.m, p.k}, {ldx, 1}), w, p.bias ? bias.data() : nullptr, p.activation, p.residual ? residual.const_view() : Matrix<const Out>{}, out, scratch);
   device.release(scratch);
   return p.residual && p.alias ? residual.read() : y.read();
 }
