@@ -138,6 +138,7 @@ cudaError_t cudaMalloc(void** p, std::size_t bytes) {
   return cudaSuccess;
 }
 cudaError_t cudaFree(void* p) {
+  CHECK(fake.pending.empty());  // nothing that is still to run may use it
   fake.used -= fake.memory.at(p);
   fake.memory.erase(p);
   std::free(p);
@@ -510,13 +511,17 @@ TEST_CASE("A step is captured the second time and launched from then on; graphs 
   const auto pinned = device.pinned(8);
   int bodies = 0;
   for (int i = 0; i < 5; ++i) {
+    void* const early = device.allocate_zeroed(100);
     const std::uint64_t value = 0x0101010101010101U * (10U + static_cast<unsigned>(i));
     device.copy_to_device(p, &value, 8);
     CHECK(device.replay({{1}}, [&] {
       ++bodies;
+      device.release(early);
       device.zero(p, 3);
       device.zero(p + 5, 1);
     }) == (i < 2));
+    if (i >= 2) device.release(early);
+    CHECK(fake.alive["memory"] == 2);  // the workspace and p
     device.copy_to_pinned(pinned.get(), p, 8, 3);
     device.wait_for(3);
     std::uint64_t got = 0;

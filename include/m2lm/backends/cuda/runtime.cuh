@@ -377,6 +377,7 @@ struct Device::Implementation {
       cudaGraph_t ended = nullptr;
       const cudaError_t status = cudaStreamEndCapture(stream.get(), &ended);
       detail::Graph graph(ended);
+      if (!released.empty()) cudaStreamSynchronize(stream.get());
       for (void* p : std::exchange(released, {})) cudaFree(p);
       return std::pair(status, std::move(graph));
     };
@@ -433,9 +434,14 @@ M2LM_CUDA_DEFINITION void* Device::allocate(std::size_t bytes) {
   return implementation_->allocate(bytes);
 }
 M2LM_CUDA_DEFINITION void* Device::allocate_zeroed(std::size_t bytes) {
-  detail::DeviceBytes p(allocate(bytes));
-  zero(p.get(), bytes);
-  return p.release();
+  void* const p = allocate(bytes);
+  try {
+    zero(p, bytes);
+  } catch (...) {
+    release(p);
+    throw;
+  }
+  return p;
 }
 M2LM_CUDA_DEFINITION void Device::release(void* p) noexcept {
   if (p == nullptr) return;
