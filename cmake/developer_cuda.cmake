@@ -32,10 +32,11 @@ if(M2LM_CUDA AND NOT M2LM_SANITIZE AND NOT M2LM_FUZZ)
   endif()
 endif()
 
-# m2lm_strict_cuda(target...): no warning from nvcc, ptxas or the host compiler. (The host compiler sees what nvcc writes: its
+# m2lm_strict_cuda(target...): no warning from nvcc, ptxas or the host compiler, all architectures at once. (The host compiler sees what nvcc writes: its
 # -Wpedantic and -Wconversion speak of that; the headers have been through them with g++ and clang.)
+list(LENGTH CMAKE_CUDA_ARCHITECTURES m2lm_architectures)
 function(m2lm_strict_cuda)
   foreach(target IN LISTS ARGN)
-    target_compile_options(${target} PRIVATE "$<$<COMPILE_LANGUAGE:CUDA>:SHELL:-Werror all-warnings -Xcompiler -Wall,-Wextra>")
+    target_compile_options(${target} PRIVATE "$<$<COMPILE_LANGUAGE:CUDA>:SHELL:-Werror all-warnings -Xcompiler -Wall,-Wextra --threads ${m2lm_architectures}>")
   endforeach()
 endfunction()

@@ -22,6 +22,7 @@ install(FILES
   "${PROJECT_SOURCE_DIR}/cmake/m2lmCompiled.cmake"
   "${PROJECT_SOURCE_DIR}/cmake/compiled.cpp"
   "${PROJECT_SOURCE_DIR}/cmake/m2lmCuda.cmake"
+  "${PROJECT_SOURCE_DIR}/cmake/m2lmInstantiate.cpp.in"
   "${PROJECT_SOURCE_DIR}/cmake/m2lmInstantiate.cu.in"
   "${PROJECT_SOURCE_DIR}/cmake/FindSentencePiece.cmake"
   "${PROJECT_SOURCE_DIR}/cmake/FindStb.cmake"

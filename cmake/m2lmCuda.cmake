@@ -1,8 +1,9 @@
 # m2lm::cuda: m2lm::compiled and what a program with CUDA links. Included where CUDAToolkit has been found.
 #
 # m2lm_instantiate(target ALIAS HEADER)
-#   Adds the model ALIAS (such as my::Vlm, a Model on Cuda), which HEADER declares, to the target: a generated .cu that holds its kernels,
-#   and the model itself if HEADER says M2LM_EXTERN_MODEL(template arguments) at global scope. The target's own files need no nvcc.
+#   Adds the model ALIAS (such as my::Vlm, a Model on Cuda), which HEADER declares, to the target: its kernels in a generated .cu, and
+#   its members in a generated .cpp, if HEADER says M2LM_EXTERN_MODEL(template arguments) at global scope: then the target's files do
+#   not compile them again. nvcc sees the .cu alone. (The members are not in it: cicc of CUDA 13.0 aborts without a word on both.)
 #   HEADER is a path, relative to the current source directory, or what stands between <> in an #include. The project has CUDA among
 #   its languages.
 if(NOT TARGET m2lm_cuda)
@@ -26,8 +27,10 @@ function(m2lm_instantiate target alias header)
     set(header "<${header}>")
   endif()
   string(MAKE_C_IDENTIFIER "${target}_${alias}" name)
-  set(unit "${CMAKE_CURRENT_BINARY_DIR}/m2lm_instantiate/${name}.cu")
-  configure_file("${CMAKE_CURRENT_FUNCTION_LIST_DIR}/m2lmInstantiate.cu.in" "${unit}" @ONLY)
-  target_sources(${target} PRIVATE "${unit}")
+  foreach(suffix IN ITEMS cu cpp)
+    set(unit "${CMAKE_CURRENT_BINARY_DIR}/m2lm_instantiate/${name}.${suffix}")
+    configure_file("${CMAKE_CURRENT_FUNCTION_LIST_DIR}/m2lmInstantiate.${suffix}.in" "${unit}" @ONLY)
+    target_sources(${target} PRIVATE "${unit}")
+  endforeach()
   target_link_libraries(${target} PUBLIC m2lm::cuda)
 endfunction()

@@ -2,7 +2,7 @@
 // Exit codes: 0; 1 when a file, a model or an input cannot be used; 2 for a wrong command line; 130 after an interrupt.
 #pragma once
 
-#include <m2lm/m2lm.hpp>
+#include "models.hpp"
 
 #include <CLI/CLI.hpp>
 
@@ -28,9 +28,6 @@ namespace program {
 
 inline constexpr int bad_input = 1, bad_usage = 2, interrupted = 130;
 
-/// LLaVA. --precision replaces the precision of the type when the model is loaded.
-using Vlm = m2lm::Model<m2lm::Cpu, m2lm::Precision{.weights = m2lm::DType::bf16}, m2lm::LlamaDecoder<>,
-                        m2lm::Modality<"image", m2lm::ClipVit<>, m2lm::MlpProjector<2>>>;
 /// LLaMA or Mistral without pictures.
 using TextModel = m2lm::Model<m2lm::Cpu, m2lm::Precision{.weights = m2lm::DType::bf16}, m2lm::LlamaDecoder<>>;
 
@@ -42,7 +39,7 @@ class UsageError : public std::runtime_error {
 
 /// Options of every program.
 struct Options {
-  std::string model, precision = "bf16", template_name, dump;
+  std::string program, model, precision = "bf16", device = "cpu", template_name, dump;
   int threads = 0;
   bool json = false, timings = false, check = false;
   m2lm::GenerateOptions generate{};
@@ -53,6 +50,7 @@ inline void add_version(CLI::App& app) {
 }
 
 inline void add_options(CLI::App& app, Options& o) {
+  o.program = app.get_name();
   add_version(app);
   app.add_option("--model", o.model, "Directory of a Hugging Face checkpoint")->envname("M2LM_MODEL")->type_name("DIR");
   app.add_option("--precision", o.precision, "Format of the packed weights")->check(CLI::IsMember({"f32", "bf16", "q8", "q4"}))->capture_default_str();
@@ -81,6 +79,12 @@ inline void add_options(CLI::App& app, Options& o) {
   output->add_flag("--timings", o.timings, "Print times, speeds and peak memory on standard error");
   output->add_option("--dump", o.dump, "Write the prompt's tensors to this safetensors file: input_ids, features, hidden_states, logits")
       ->type_name("FILE");
+}
+
+inline void add_device(CLI::App& app, Options& o) {
+  app.add_option("--device", o.device, "Where the model runs; auto = cuda where a device can be used, else cpu")
+      ->check(CLI::IsMember({"cpu", "cuda", "auto"}))
+      ->capture_default_str();
 }
 
 /// throws UsageError for a value outside its range; the sentences are the library's.
@@ -218,31 +222,62 @@ struct Report {
 
 /// Loads o.model with a progress bar and notes the seconds.
 template <class M>
-M load_model(const Options& o, Report& report) {
+M load_model(const Options& o, Report& report, typename M::Backend backend) {
   const Stopwatch watch;
   m2lm::LoadOptions options{.template_name = o.template_name, .check = o.check};
   for (const m2lm::DType format : {m2lm::DType::f32, m2lm::DType::bf16, m2lm::DType::q8, m2lm::DType::q4})
     if (o.precision == m2lm::dtype_name(format)) options.precision = m2lm::Precision{.weights = format};
   ProgressBar bar;
   options.progress = bar;
-  M model = M::from_pretrained(o.model, m2lm::Cpu{{.threads = o.threads}}, options);
+  M model = M::from_pretrained(o.model, std::move(backend), options);
   report.load_seconds = watch.seconds();
   return model;
 }
+template <class M>
+M load_model(const Options& o, Report& report) {
+  return load_model<M>(o, report, m2lm::Cpu{{.threads = o.threads}});
+}
+
+/// Whether --device means CUDA on this machine. `auto` says on standard error why it does not; throws DeviceError when `cuda` cannot be.
+inline bool runs_on_cuda(const Options& o) {
+  if (o.device == "cpu") return false;
+  std::string reason;
+#if defined(M2LM_PROGRAMS_HAVE_CUDA)
+  if (m2lm::cuda::device_count(&reason) > 0) return true;
+#else
+  reason = "this build of the program has no CUDA: it was compiled where no nvcc was found";
+#endif
+  if (o.device == "cuda") throw m2lm::DeviceError(m2lm::concat("--device cuda: ", reason));
+  std::fprintf(stderr, "%s: --device auto: the CPU is used, as %s\n", o.program.c_str(), reason.c_str());
+  return false;
+}
+
+/// body(model), with o.model loaded where --device says.
+template <class Body>
+int with_vlm(const Options& o, Report& report, Body&& body) {
+  if (runs_on_cuda(o)) {
+#if defined(M2LM_PROGRAMS_HAVE_CUDA)
+    return body(load_model<CudaVlm>(o, report, m2lm::Cuda()));
+#endif
+  }
+  return body(load_model<Vlm>(o, report));
+}
 
 /// The embeddings of one picture. They can be attached to any number of prompts.
-inline m2lm::AnyTensor encode_image(const Vlm& model, const std::string& path, Report& report) {
+template <class M>
+m2lm::AnyTensor encode_image(const M& model, const std::string& path, Report& report) {
   const Stopwatch watch;
-  m2lm::AnyTensor features(model.encode<"image">(m2lm::load_image(path)));
+  m2lm::AnyTensor features(model.template encode<"image">(m2lm::load_image(path)));
   report.image_seconds += watch.seconds();
   return features;
 }
 
 /// A user's turn about pictures, with a placeholder for each of them in front of the text.
-inline Vlm::PromptType image_prompt(const Vlm& model, std::string_view text, std::span<const m2lm::AnyTensor> features) {
+template <class M>
+typename M::PromptType image_prompt(const M& model, std::string_view text, std::span<const m2lm::AnyTensor> features) {
   const std::vector<std::string_view> placeholders(features.size(), "<image>");
   auto prompt = model.prompt(m2lm::with_media(model.chat_template(), placeholders, text));
-  for (const m2lm::AnyTensor& f : features) prompt.attach_embeddings<"image">(f);
+  for (const m2lm::AnyTensor& f : features) prompt.template attach_embeddings<"image">(f);
   return prompt;
 }
 

@@ -7,7 +7,6 @@
 namespace {
 
 namespace fs = std::filesystem;
-using program::Vlm;
 
 /// A line of --questions. No pictures of its own: those of the command line.
 struct Question {
@@ -33,13 +32,14 @@ std::vector<Question> read_questions(const std::string& path) {
 }
 
 /// Encodes each picture once.
+template <class M>
 class Pictures {
-  const Vlm& model_;
+  const M& model_;
   program::Report& report_;
   std::map<std::string, m2lm::AnyTensor> features_;
 
  public:
-  Pictures(const Vlm& model, program::Report& report) : model_(model), report_(report) {}
+  Pictures(const M& model, program::Report& report) : model_(model), report_(report) {}
 
   std::vector<m2lm::AnyTensor> features(const std::vector<std::string>& paths) {
     std::vector<m2lm::AnyTensor> out;
@@ -67,7 +67,8 @@ void print_json(const std::string& question, const std::vector<std::string>& ima
 }
 
 /// Each question in a session of its own.
-int answer_all(const Vlm& model, const program::Options& o, const std::vector<Question>& questions, const std::vector<std::string>& images,
+template <class M>
+int answer_all(const M& model, const program::Options& o, const std::vector<Question>& questions, const std::vector<std::string>& images,
                program::Report& report) {
   Pictures pictures(model, report);
   for (const Question& question : questions) {
@@ -84,7 +85,8 @@ int answer_all(const Vlm& model, const program::Options& o, const std::vector<Qu
 }
 
 /// Questions from standard input, all in one session: pictures and earlier turns stay in its cache.
-int converse(const Vlm& model, program::Options o, const std::vector<std::string>& images, program::Report& report) {
+template <class M>
+int converse(const M& model, program::Options o, const std::vector<std::string>& images, program::Report& report) {
   const bool terminal = isatty(STDIN_FILENO) == 1 && isatty(STDOUT_FILENO) == 1;
   auto session = model.session({.seed = o.generate.seed});
   o.generate.seed = 0;  // the session's generator goes on from turn to turn
@@ -125,6 +127,7 @@ int main(int argc, char** argv) {
       app.add_option("--questions", file, "File of lines {\"question\": \"…\"}, each optionally with \"image\": \"path relative to the file\"");
   many->type_name("FILE")->excludes(one);
   program::add_options(app, o);
+  program::add_device(app, o);
 
   return program::run(app, argc, argv, [&] {
     program::check_options(o);
@@ -140,8 +143,9 @@ int main(int argc, char** argv) {
 
     if (o.model.empty()) o.model = program::find_default_model();
     program::Report report;
-    const Vlm model = program::load_model<Vlm>(o, report);
-    const int status = one->empty() && many->empty() ? converse(model, o, images, report) : answer_all(model, o, questions, images, report);
+    const int status = program::with_vlm(o, report, [&](const auto& model) {
+      return one->empty() && many->empty() ? converse(model, o, images, report) : answer_all(model, o, questions, images, report);
+    });
     if (o.timings) report.print();
     return status;
   });

@@ -34,6 +34,12 @@ stage "build for AddressSanitizer and UndefinedBehaviorSanitizer" build asan-ubs
 stage "build for ThreadSanitizer" build tsan
 stage "build of the fuzz targets" build fuzz
 stage "build with planted faults" cmake --build --preset faults -j "$jobs"
+# The device's part of the build above is for sm_90.
+if [ -n "${CUDACXX-}" ] || command -v nvcc >/dev/null || [ -x /usr/local/cuda/bin/nvcc ]; then
+  stage "compile of the kernels for sm_80 and sm_100" build cuda-architectures
+else
+  echo "== no nvcc: nothing is compiled for CUDA, the kernels are tested in the emulator"
+fi
 status=0
 stage "tests" run_tests "$@" || status=$?
 

@@ -30,8 +30,8 @@
 #endif
 
 // A model that is compiled once: in a header at global scope, after its alias, M2LM_EXTERN_MODEL(template arguments of Model) keeps the
-// files that include it from compiling the model's members. The file that m2lm_instantiate generates, which defines M2LM_INSTANTIATE, or
-// one .cpp of the user that does, holds them.
+// files that include it from compiling the model's members. One .cpp that defines M2LM_INSTANTIATE before it holds them; m2lm_instantiate
+// generates one.
 #if defined(M2LM_INSTANTIATE)
 #define M2LM_EXTERN_TEMPLATE template
 #else

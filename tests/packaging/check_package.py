@@ -3,6 +3,7 @@
 
 install           an install needs no compiler, and puts exactly the expected files into include/ and share/
 find_package      a moved install is found, by version and component; three programs build against it and run
+cuda              the component cuda says what is missing; m2lm_instantiate adds a model to a target
 add_subdirectory  the same programs in the same build; nothing of the including project changes
 fetch_content     the same, declared with FetchContent and fully disconnected
 """
@@ -16,6 +17,7 @@ import subprocess
 import sys
 
 HERE = pathlib.Path(__file__).resolve().parent
+SKIPPED = 77
 PARTS = ("core", "m2lm", "compiled")
 
 
@@ -26,7 +28,7 @@ class Failure(Exception):
 class Package:
     def __init__(self, options):
         self.source, self.work = options.source_dir.resolve(), options.work_dir.resolve()
-        self.cmake, self.compiler = options.cmake, options.compiler
+        self.cmake, self.compiler, self.nvcc = options.cmake, options.compiler, options.nvcc
         shutil.rmtree(self.work, ignore_errors=True)
         self.work.mkdir(parents=True)
 
@@ -64,7 +66,8 @@ class Package:
 def check_install(package):
     prefix = package.install()
     installed = {str(path.relative_to(prefix)) for path in prefix.rglob("*") if not path.is_dir()}
-    headers = {f"include/{path.relative_to(package.source / 'include')}" for path in (package.source / "include").rglob("*.hpp")}
+    headers = {f"include/{path.relative_to(package.source / 'include')}" for path in (package.source / "include").rglob("*")
+               if path.suffix in {".hpp", ".cuh"}}
     others = set((HERE / "manifest.txt").read_text(encoding="utf-8").split())
     for name in sorted(installed ^ (headers | others)):
         raise Failure(f"{name}: {'installed but not expected' if name in installed else 'expected but not installed'}")
@@ -94,6 +97,27 @@ def check_find_package(package):
     package.build_and_run("build")
 
 
+def check_cuda(package):
+    prefix = package.install()
+    found, no_toolkit = f"-DCMAKE_PREFIX_PATH={prefix}", "-DCMAKE_DISABLE_FIND_PACKAGE_CUDAToolkit=ON"
+    package.configure("cuda", "no-toolkit", found, no_toolkit, "-DM2LM_USER_LANGUAGES=CXX",
+                      expect_failure="m2lm::cuda needs what was not found: a CUDA toolkit")
+    package.configure("find_package", "without", found, no_toolkit)
+    if not package.nvcc:
+        print("SKIPPED: no nvcc, so m2lm_instantiate was not called")
+        return SKIPPED
+    package.configure("cuda", "no-language", found, "-DM2LM_USER_LANGUAGES=CXX", f"-DCUDAToolkit_ROOT={pathlib.Path(package.nvcc).parents[1]}",
+                      expect_failure="needs nvcc: project(... LANGUAGES CXX CUDA)")
+    package.configure("cuda", "build", found, "-DM2LM_USER_LANGUAGES=CXX;CUDA", f"-DCMAKE_CUDA_COMPILER={package.nvcc}",
+                      "-DCMAKE_CUDA_ARCHITECTURES=90", "-DCMAKE_EXPORT_COMPILE_COMMANDS=ON")
+    commands = (package.work / "build" / "compile_commands.json").read_text(encoding="utf-8")
+    for name in ("my_model_my__Vlm.cu", "my_model_my__Vlm.cpp"):
+        unit = package.work / "build" / "m2lm_instantiate" / name
+        if str(unit) not in commands or str(HERE / "cuda" / "my_model.hpp") not in unit.read_text(encoding="utf-8"):
+            raise Failure(f"{unit} is not what my_model is made of")
+    print("my_model is made of a .cu and a .cpp that include my_model.hpp")
+
+
 def check_add_subdirectory(package):
     source = f"-DM2LM_SOURCE_DIR={package.source}"
     package.configure("reexport", "no-export", source, expect_failure="that is not in any export set")
@@ -109,7 +133,7 @@ def check_fetch_content(package):
     package.build_and_run("build", parts)
 
 
-CHECKS = {"install": check_install, "find_package": check_find_package, "add_subdirectory": check_add_subdirectory,
+CHECKS = {"install": check_install, "find_package": check_find_package, "cuda": check_cuda, "add_subdirectory": check_add_subdirectory,
           "fetch_content": check_fetch_content}
 
 
@@ -120,13 +144,13 @@ def main():
     parser.add_argument("--work-dir", type=pathlib.Path, required=True, help="emptied first")
     parser.add_argument("--cmake", default="cmake")
     parser.add_argument("--compiler", default="c++")
+    parser.add_argument("--nvcc", default="", help="empty: there is none")
     options = parser.parse_args()
     try:
-        CHECKS[options.check](Package(options))
+        return CHECKS[options.check](Package(options)) or 0
     except Failure as failure:
         print(f"FAILED: {failure}")
         return 1
-    return 0
 
 
 if __name__ == "__main__":

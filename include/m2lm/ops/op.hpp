@@ -75,8 +75,16 @@ struct CopyRows;
 /// A backend specialises Impl<Op, Backend> with `static … run(Context<Backend>&, …)` for each op it has.
 template <class Op, class B>
 struct Impl {
-  static_assert(dependent_false<B>, "m2lm: this backend has no implementation of this op (is <m2lm/backends/...> included?)");
+  static constexpr bool missing = true;
+  template <class... Argument>
+  static void run(Argument&&...) {
+    static_assert(dependent_false<B>, "m2lm: this backend has no implementation of this op (is <m2lm/backends/...> included?)");
+  }
 };
+
+/// Whether the backend has the op.
+template <class Op, class B>
+concept Implements = !requires { Impl<Op, B>::missing; };
 
 }  // namespace ops
 

@@ -4,19 +4,23 @@
 
 #include <m2lm/backends/cuda/kernels.hpp>
 
+#include <memory>
+#include <span>
+
 namespace m2lm::cuda {
 
-/// `template struct KernelsOf<M>;`, where kernels/*.cuh are included, defines all that a model M on BasicCuda<E> may call, used in this
+/// `template struct KernelsOf<E>;`, where kernels/*.cuh are included, defines all that a model on BasicCuda<E> may call, used in this
 /// file or not: their addresses are taken.
-template <class M>
+template <class E>
 struct KernelsOf {
-  using E = typename M::Backend::Element;
   using Function = void (*)();
+  // device.cuh has a pack of two numbers too.
+  using Pack = PackedMatrix (*)(Device&, const std::shared_ptr<Device>&, std::span<const AnyTensor>, DType, bool);
   static const Function functions[];
 };
 
-template <class M>
-const typename KernelsOf<M>::Function KernelsOf<M>::functions[] = {
+template <class E>
+const typename KernelsOf<E>::Function KernelsOf<E>::functions[] = {
     // rows.cuh
     reinterpret_cast<Function>(&rms_norm<E>),
     reinterpret_cast<Function>(&layer_norm<E>),
@@ -36,7 +40,7 @@ const typename KernelsOf<M>::Function KernelsOf<M>::functions[] = {
     reinterpret_cast<Function>(&set_length),
     // linear.cuh
     reinterpret_cast<Function>(&has_format<E>),
-    reinterpret_cast<Function>(&pack<E>),
+    reinterpret_cast<Function>(static_cast<Pack>(&pack<E>)),
     reinterpret_cast<Function>(&linear_scratch<E>),
     reinterpret_cast<Function>(&linear<E, E>),
     reinterpret_cast<Function>(&linear<E, float>),
