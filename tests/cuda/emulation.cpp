@@ -174,14 +174,22 @@ TEST_CASE("a missing barrier shows, and so do blocks that wait for each other, i
 #if defined(M2LM_EMULATION_ASAN)
 M2LM_KERNEL void write_shared() { dynamic_shared<unsigned char>()[threadIdx.x] = 1; }
 
-/// Whether a launch with so much shared memory ends the process.
-bool ends_the_process(std::size_t shared_bytes) {
+template <class T>
+M2LM_KERNEL void write_array(T* y) {
+  M2LM_SHARED T array[63];
+  array[threadIdx.x] = 1;
+  y[threadIdx.x] = array[0];
+}
+
+/// Whether what `run` launches ends the process.
+template <class Run>
+bool ends_the_process(const Run& run) {
   const pid_t child = fork();
   REQUIRE(child >= 0);
   if (child == 0) {
     close(STDERR_FILENO);
     Device device(0);
-    launch(device, "write_shared", write_shared, {.block_x = 64, .shared_bytes = shared_bytes});
+    run(device);
     _exit(0);
   }
   int status = 0;
@@ -189,9 +197,20 @@ bool ends_the_process(std::size_t shared_bytes) {
   return !WIFEXITED(status) || WEXITSTATUS(status) != 0;
 }
 
-TEST_CASE("an access one byte outside the shared memory that was asked for is found by AddressSanitizer") {
-  CHECK(!ends_the_process(64));
-  CHECK(ends_the_process(63));
+TEST_CASE("an access just outside shared memory is found by AddressSanitizer") {
+  const auto write_with = [](std::size_t bytes) {
+    return [bytes](Device& device) { launch(device, "write_shared", write_shared, {.block_x = 64, .shared_bytes = bytes}); };
+  };
+  CHECK(!ends_the_process(write_with(64)));
+  CHECK(ends_the_process(write_with(63)));
+  const auto write_by = [](unsigned threads) {
+    return [threads](Device& device) {
+      const m2lm_test::DeviceArray<float> y(device, 64);
+      launch(device, "write_array", write_array<float>, {.block_x = threads}, y.data());
+    };
+  };
+  CHECK(!ends_the_process(write_by(63)));
+  CHECK(ends_the_process(write_by(64)));
 }
 #endif
 

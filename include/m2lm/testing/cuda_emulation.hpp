@@ -6,7 +6,7 @@
 // What it finds besides wrong results:
 // - threads that do not meet: a barrier or a collective that not all of them reach, or that they reach at different places;
 // - shared memory that is read before it is written (dynamic shared memory begins as NaN, afresh for every block), and, under
-//   AddressSanitizer, accessed outside the size that was asked for;
+//   AddressSanitizer, accessed outside the size that was asked for (not M2LM_SHARED arrays of an M2LM_DEVICE function);
 // - a copy_async16 without its wait (the bytes are NaN until then), or onto bytes that another thread still reads;
 // - a missing __syncthreads: threads and blocks run in ascending order in one launch and in descending order in the next;
 // - addresses that are not aligned as an access needs.
@@ -56,7 +56,7 @@
 #include <sanitizer/common_interface_defs.h>
 #endif
 
-#define M2LM_KERNEL inline
+#define M2LM_KERNEL [[maybe_unused]] static  // so that AddressSanitizer watches what a kernel has as M2LM_SHARED
 #define M2LM_LAUNCH_BOUNDS(...)
 #define M2LM_DEVICE inline
 #define M2LM_SHARED static  // of all blocks: they run one after another
