@@ -1,9 +1,9 @@
 # m2lm::cuda: m2lm::compiled and what a program with CUDA links. Included where CUDAToolkit has been found.
 #
-# m2lm_instantiate(target ALIAS HEADER)
+# m2lm_instantiate(target ALIAS HEADER [TRAINING])
 #   Adds the model ALIAS (such as my::Vlm, a Model on Cuda), which HEADER declares, to the target: its kernels in a generated .cu, and
 #   its members in a generated .cpp, if HEADER says M2LM_EXTERN_MODEL(template arguments) at global scope: then the target's files do
-#   not compile them again. nvcc sees the .cu alone. (The members are not in it: cicc of CUDA 13.0 aborts without a word on both.)
+#   not compile them again. nvcc sees the .cu alone. TRAINING adds the kernels of backward passes. (The members are not in it: cicc of CUDA 13.0 aborts without a word on both.)
 #   HEADER is a path, relative to the current source directory, or what stands between <> in an #include. The project has CUDA among
 #   its languages.
 if(NOT TARGET m2lm_cuda)
@@ -25,6 +25,10 @@ function(m2lm_instantiate target alias header)
     set(header "\"${path}\"")
   else()
     set(header "<${header}>")
+  endif()
+  set(training_kernels "")
+  if("TRAINING" IN_LIST ARGN)
+    set(training_kernels "template struct m2lm::cuda::TrainingKernelsOf<${alias}::Backend::Element>;")
   endif()
   string(MAKE_C_IDENTIFIER "${target}_${alias}" name)
   foreach(suffix IN ITEMS cu cpp)

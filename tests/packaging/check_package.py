@@ -115,6 +115,8 @@ def check_cuda(package):
         unit = package.work / "build" / "m2lm_instantiate" / name
         if str(unit) not in commands or str(HERE / "cuda" / "my_model.hpp") not in unit.read_text(encoding="utf-8"):
             raise Failure(f"{unit} is not what my_model is made of")
+    if "TrainingKernelsOf<my::Vlm::Backend::Element>" not in (package.work / "build" / "m2lm_instantiate" / "my_model_my__Vlm.cu").read_text():
+        raise Failure("TRAINING does not add the kernels of backward passes")
     print("my_model is made of a .cu and a .cpp that include my_model.hpp")
 
 

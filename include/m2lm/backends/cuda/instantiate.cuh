@@ -1,4 +1,5 @@
-// KernelsOf: the functions of kernels.hpp that a model calls, put into one object, for files that nvcc has not seen.
+// KernelsOf and TrainingKernelsOf: the functions of kernels.hpp that a model and a trainer call, put into one object, for files that nvcc
+// has not seen.
 // Floor: backends. May include: core, ops.
 #pragma once
 
@@ -50,6 +51,29 @@ const typename KernelsOf<E>::Function KernelsOf<E>::functions[] = {
     // sampling.cuh
     reinterpret_cast<Function>(&sample_scratch),
     reinterpret_cast<Function>(&sample),
+};
+
+/// The same of what a trainer calls besides.
+template <class E>
+struct TrainingKernelsOf {
+  using Function = void (*)();
+  static const Function functions[];
+};
+
+template <class E>
+const typename TrainingKernelsOf<E>::Function TrainingKernelsOf<E>::functions[] = {
+    reinterpret_cast<Function>(&linear_input_gradient_scratch<E>),
+    reinterpret_cast<Function>(&linear_input_gradient<E>),
+    reinterpret_cast<Function>(&linear_weight_gradient<E>),
+    reinterpret_cast<Function>(&activation_backward<E>),
+    reinterpret_cast<Function>(&norm_backward_scratch),
+    reinterpret_cast<Function>(&rms_norm_backward<E>),
+    reinterpret_cast<Function>(&layer_norm_backward<E>),
+    reinterpret_cast<Function>(&rope_backward<E>),
+    reinterpret_cast<Function>(&attention_backward_scratch),
+    reinterpret_cast<Function>(&attention_backward<E>),
+    reinterpret_cast<Function>(&scatter_add_rows<E>),
+    reinterpret_cast<Function>(&cross_entropy<E>),
 };
 
 }  // namespace m2lm::cuda
