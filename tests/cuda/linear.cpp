@@ -26,8 +26,8 @@ namespace {
 using namespace m2lm_test;
 
 constexpr double u = 0x1.0p-24;
-constexpr std::array<Activation, 6> activations{Activation::none,      Activation::relu,       Activation::silu, Activation::gelu,
-                                                Activation::gelu_tanh, Activation::quick_gelu};
+constexpr std::array<Activation, 6> activations{Activation::none, Activation::relu,      Activation::silu,
+                                                Activation::gelu, Activation::gelu_tanh, Activation::quick_gelu};
 
 struct Problem {
   std::int64_t m = 1, n = 1, k = 1;  // n outputs
@@ -39,8 +39,8 @@ struct Problem {
 
   std::int64_t rows() const { return gated ? 2 * n : n; }
   std::string string() const {
-    return concat("m=", m, " n=", n, " k=", k, " gated=", gated, " bias=", bias, " residual=", residual, " alias=", alias, " extra=", extra, " offset=", offset,
-                  " activation=", static_cast<int>(activation), " first=", first_rows);
+    return concat("m=", m, " n=", n, " k=", k, " gated=", gated, " bias=", bias, " residual=", residual, " alias=", alias, " extra=", extra,
+                  " offset=", offset, " activation=", static_cast<int>(activation), " first=", first_rows);
   }
 };
 
@@ -107,7 +107,8 @@ Worst compare(const Problem& p, const Data<E, Out>& data, const std::vector<doub
           s += std::abs(term);
         }
         const double k = static_cast<double>(p.k);
-        return std::pair{z, (3 * k + 16) * u * s + k * 0x1.0p-126 + (stored ? roundoff<E> * std::max(std::abs(z), std::abs(z - b)) + underflow<E> : 0)};
+        return std::pair{z,
+                         (3 * k + 16) * u * s + k * 0x1.0p-126 + (stored ? roundoff<E> * std::max(std::abs(z), std::abs(z - b)) + underflow<E> : 0)};
       };
       const auto [z, dz] = product(j);
       double f = m2lm::detail::apply_activation(p.activation, z);
@@ -119,7 +120,8 @@ Worst compare(const Problem& p, const Data<E, Out>& data, const std::vector<doub
       }
       const auto at = static_cast<std::size_t>(i * p.n + j);
       if (p.residual) f += residual[at];
-      worst.add(static_cast<double>(to_float(y[at])), f, bound * 1.01 + (u + roundoff<Out>)*std::abs(f) + underflow<Out>, static_cast<std::int64_t>(at));
+      worst.add(static_cast<double>(to_float(y[at])), f, bound * 1.01 + (u + roundoff<Out>)*std::abs(f) + underflow<Out>,
+                static_cast<std::int64_t>(at));
     }
   return worst;
 }
@@ -138,7 +140,8 @@ std::vector<Out> run(cuda::Device& device, const PackedMatrix& w, const Problem&
   const std::size_t scratch_bytes = cuda::linear_scratch<E>(p.m, w);
   void* scratch = scratch_bytes == 0 ? nullptr : device.allocate(scratch_bytes);
   const Matrix<Out> out = p.residual && p.alias ? residual.view() : y.view();
-  cuda::linear<E, Out>(device, Matrix<const E>(x.data(), {p.m, p.k}, {ldx, 1}), w, p.bias ? bias.data() : nullptr, p.activation, p.residual ? residual.const_view() : Matrix<const Out>{}, out, scratch);
+  cuda::linear<E, Out>(device, Matrix<const E>(x.data(), {p.m, p.k}, {ldx, 1}), w, p.bias ? bias.data() : nullptr, p.activation,
+                       p.residual ? residual.const_view() : Matrix<const Out>{}, out, scratch);
   device.release(scratch);
   return p.residual && p.alias ? residual.read() : y.read();
 }
@@ -170,7 +173,8 @@ void check(const std::shared_ptr<cuda::Device>& device, const Problem& p, Random
     const bool in_y = !p.gated && !(p.residual && p.alias);  // sums that wait for their epilogue there are not rounded to E where y is wide
     const bool stored = !is_block_format(format) && p.m > cuda::gemv_policy.most_tokens && !(in_y && !std::is_same_v<E, Out>);
     const Worst worst = compare(p, data, as_stored(data.w, p.rows(), p.k, format), y, stored);
-    CHECK_MESSAGE(worst.passed(), dtype_name(dtype_of<E>), " to ", dtype_name(dtype_of<Out>), ", weights ", dtype_name(format), ", ", p.string(), " at ", worst.where());
+    CHECK_MESSAGE(worst.passed(), dtype_name(dtype_of<E>), " to ", dtype_name(dtype_of<Out>), ", weights ", dtype_name(format), ", ", p.string(),
+                  " at ", worst.where());
   }
 }
 
@@ -226,7 +230,8 @@ TEST_CASE("linear: many rows, small and large blocks") {
   const auto small = device_with(132), large = device_with(1);
   for (const std::int64_t m : {64, 65, 100}) check_all_elements(small, random_problem(random, m, 100, 330), random);
   for (const std::int64_t m : {128, 130}) check_all_elements(large, random_problem(random, m, 150, 330), random);
-  check<Bf16, Bf16>(large, {.m = 150, .n = 70, .k = 512, .gated = true, .bias = true, .residual = true, .alias = true, .activation = Activation::silu}, random);
+  check<Bf16, Bf16>(
+      large, {.m = 150, .n = 70, .k = 512, .gated = true, .bias = true, .residual = true, .alias = true, .activation = Activation::silu}, random);
 }
 
 TEST_CASE("linear: every activation, alone and gated, on each way to compute it") {
@@ -234,7 +239,8 @@ TEST_CASE("linear: every activation, alone and gated, on each way to compute it"
   const auto device = device_with(132);
   for (const Activation activation : activations)
     for (const bool gated : {false, true})
-      for (const std::int64_t m : {1, 12, 34}) check<Bf16, Bf16>(device, {.m = m, .n = 20, .k = 64, .gated = gated, .activation = activation, .first_rows = gated ? 0 : 20}, random);
+      for (const std::int64_t m : {1, 12, 34})
+        check<Bf16, Bf16>(device, {.m = m, .n = 20, .k = 64, .gated = gated, .activation = activation, .first_rows = gated ? 0 : 20}, random);
 }
 
 TEST_CASE("linear: a row of x has the same result alone and among others") {
@@ -298,11 +304,13 @@ void check_taken_over(bool gated, std::int64_t m) {
     for (std::int64_t j = 0; j < p.n; ++j) {
       const auto product = [&](std::int64_t row) {
         double sum = 0;
-        for (std::int64_t c = 0; c < k; ++c) sum += static_cast<double>(to_float(data.x[static_cast<std::size_t>(i * k + c)])) * w[static_cast<std::size_t>(row * k + c)];
+        for (std::int64_t c = 0; c < k; ++c)
+          sum += static_cast<double>(to_float(data.x[static_cast<std::size_t>(i * k + c)])) * w[static_cast<std::size_t>(row * k + c)];
         return sum;
       };
       const double expected = gated ? static_cast<double>(static_cast<float>(product(j)) * static_cast<float>(product(n + j))) : product(j);
-      REQUIRE_MESSAGE(static_cast<double>(y[static_cast<std::size_t>(i * p.n + j)]) == expected, dtype_name(dtype_of<E>), " ", dtype_name(Block::dtype), " gated=", gated, " m=", m, " at ", i, ", ", j);
+      REQUIRE_MESSAGE(static_cast<double>(y[static_cast<std::size_t>(i * p.n + j)]) == expected, dtype_name(dtype_of<E>), " ",
+                      dtype_name(Block::dtype), " gated=", gated, " m=", m, " at ", i, ", ", j);
     }
 }
 
@@ -337,7 +345,10 @@ TEST_CASE("linear: NaN and infinity stay in their row, whatever lies between row
           for (std::int64_t i = 0; i < m; ++i)
             for (std::int64_t j = 0; j < p.n; ++j) {
               const double value = y[static_cast<std::size_t>(i * p.n + j)];
-              CHECK_MESSAGE((i == 1 ? std::isnan(value) : i == 2 ? value == -HUGE_VAL : std::isfinite(value)), dtype_name(dtype_of<E>), " ", dtype_name(format), " m=", m, " row ", i, ": ", value);
+              CHECK_MESSAGE((i == 1   ? std::isnan(value)
+                             : i == 2 ? value == -HUGE_VAL
+                                      : std::isfinite(value)),
+                            dtype_name(dtype_of<E>), " ", dtype_name(format), " m=", m, " row ", i, ": ", value);
             }
         }
       };
@@ -409,7 +420,8 @@ TEST_CASE("the layout of q8 and q4: sizes, and where a value is") {
   constexpr QuantisedLayout odd{DType::q4, false, 17, 65};
   static_assert(odd.row_tiles() == 2 && odd.column_tiles() == 2 && odd.scales_at() == 1024 && odd.row_tile_bytes() == 1024 + 128);
   constexpr QuantisedLayout gated{DType::q8, true, 18, 32};  // 9 + 9 rows: two tiles of 8 + 8
-  static_assert(gated.row_tiles() == 2 && gated.matrix_row(0, 7) == 7 && gated.matrix_row(0, 8) == 9 && gated.matrix_row(1, 0) == 8 && gated.matrix_row(1, 8) == 17);
+  static_assert(gated.row_tiles() == 2 && gated.matrix_row(0, 7) == 7 && gated.matrix_row(0, 8) == 9 && gated.matrix_row(1, 0) == 8 &&
+                gated.matrix_row(1, 8) == 17);
   static_assert(gated.matrix_row(1, 1) >= 18 && gated.matrix_row(1, 9) >= 18);
 
   // One value at a time: row 11 = 8 + 3, column 32 + 13 = block 1, lane 4·3 + 1, the sixth of its eight.

@@ -66,7 +66,8 @@ void place_block(const Block& from, std::int64_t block, std::int64_t r, std::byt
       for (std::int64_t c = 0; c < 8; ++c) word |= static_cast<std::uint32_t>(from.value(8 * t + c) + 8) << (4 * (c / 2) + 16 * (c % 2));
       std::memcpy(values + tile * 512 + lane * 16 + (2 * b + half) * 4, &word, sizeof(word));
     } else {
-      for (std::int64_t c = 0; c < 8; ++c) values[tile * 1024 + b * 512 + lane * 16 + half * 8 + c] = static_cast<std::byte>(from.value(8 * t + c) + 128);
+      for (std::int64_t c = 0; c < 8; ++c)
+        values[tile * 1024 + b * 512 + lane * 16 + half * 8 + c] = static_cast<std::byte>(from.value(8 * t + c) + 128);
     }
   }
 }

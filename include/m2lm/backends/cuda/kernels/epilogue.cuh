@@ -63,8 +63,8 @@ M2LM_DEVICE void store_piece(E* p, const float (&in)[N]) {
 /// where it is not gated and Out = Z, and the residual may be y: a thread has read what it overwrites.
 /// One thread per N elements of a row; each element is read and written once, which is what bounds it.
 template <class E, class Z, class Out, int N>
-M2LM_KERNEL void finish_product(const Z* z, std::int64_t ldz, std::int64_t rows, std::int64_t outputs, const E* bias, Activation activation, bool gated,
-                                const Out* residual, std::int64_t ld_residual, Out* y, std::int64_t ldy) {
+M2LM_KERNEL void finish_product(const Z* z, std::int64_t ldz, std::int64_t rows, std::int64_t outputs, const E* bias, Activation activation,
+                                bool gated, const Out* residual, std::int64_t ld_residual, Out* y, std::int64_t ldy) {
   const std::int64_t column = (static_cast<std::int64_t>(blockIdx.x) * blockDim.x + threadIdx.x) * N;
   if (column >= outputs) return;
   float bias_of_first[N] = {}, bias_of_second[N] = {};
@@ -98,7 +98,8 @@ bool in_pieces(const E* p, std::int64_t ld, int n) {
 }
 
 template <class E, class Z, class Out>
-void enqueue_finish_product(Device& device, Matrix<const Z> z, const E* bias, Activation activation, bool gated, Matrix<const Out> residual, Matrix<Out> y) {
+void enqueue_finish_product(Device& device, Matrix<const Z> z, const E* bias, Activation activation, bool gated, Matrix<const Out> residual,
+                            Matrix<Out> y) {
   constexpr EpiloguePolicy policy{};
   const std::int64_t rows = y.extent(0), outputs = y.extent(1);
   const bool pieces = outputs % policy.piece == 0 && in_pieces(z.data(), z.stride(0), policy.piece) && in_pieces(bias, 0, policy.piece) &&
@@ -107,8 +108,8 @@ void enqueue_finish_product(Device& device, Matrix<const Z> z, const E* bias, Ac
   const LaunchShape shape{.grid_x = static_cast<unsigned>((outputs + columns_of_block - 1) / columns_of_block),
                           .grid_y = static_cast<unsigned>(std::min<std::int64_t>(rows, 65535)),
                           .block_x = static_cast<unsigned>(policy.threads)};
-  launch(device, "finish_product", pieces ? finish_product<E, Z, Out, policy.piece> : finish_product<E, Z, Out, 1>, shape, z.data(), z.stride(0), rows, outputs, bias,
-         activation, gated, residual.data(), residual.stride(0), y.data(), y.stride(0));
+  launch(device, "finish_product", pieces ? finish_product<E, Z, Out, policy.piece> : finish_product<E, Z, Out, 1>, shape, z.data(), z.stride(0),
+         rows, outputs, bias, activation, gated, residual.data(), residual.stride(0), y.data(), y.stride(0));
 }
 
 }  // namespace m2lm::cuda

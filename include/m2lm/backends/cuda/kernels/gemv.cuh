@@ -20,7 +20,8 @@ inline constexpr GemvPolicy gemv_policy{};
 /// How many warps share a row: no more than are needed to fill the device, and none without a full batch of pieces. Does not depend on
 /// the number of tokens, and so a token's result does not either.
 constexpr int warps_per_row(std::int64_t rows, std::int64_t columns, std::size_t element_bytes, int multiprocessors) {
-  const std::int64_t warps = (rows + gemv_policy.rows - 1) / gemv_policy.rows, wanted = std::int64_t{multiprocessors} * gemv_policy.warps_per_multiprocessor;
+  const std::int64_t warps = (rows + gemv_policy.rows - 1) / gemv_policy.rows,
+                     wanted = std::int64_t{multiprocessors} * gemv_policy.warps_per_multiprocessor;
   const std::int64_t batches = columns * static_cast<std::int64_t>(element_bytes) / (gemv_policy.ahead * 512);
   int share = 1;
   while (share < gemv_policy.warps && warps * share < wanted && batches >= std::int64_t{share} * 2) share *= 2;
@@ -119,7 +120,8 @@ M2LM_KERNEL void M2LM_LAUNCH_BOUNDS(gemv_policy.warps * 32, 2)
     }
   }
   __syncthreads();
-  const int outputs = groups * outputs_of_group, token = static_cast<int>(thread_index()) / outputs, local = static_cast<int>(thread_index()) % outputs;
+  const int outputs = groups * outputs_of_group, token = static_cast<int>(thread_index()) / outputs,
+            local = static_cast<int>(thread_index()) % outputs;
   if (token >= tokens || first_output + local >= epilogue.outputs) return;
   const int first_warp = local / outputs_of_group * share, first_sum = local % outputs_of_group * Tokens + token;
   float first = 0, second = 0;
@@ -138,7 +140,8 @@ void enqueue_gemv(Device& device, Matrix<const E> x, const E* w, std::int64_t ro
   const bool pieces = columns % piece == 0 && in_pieces(x.data(), x.stride(0), piece);
   const int share = warps_per_row(rows, columns, sizeof(E), device.properties().multiprocessors);
   const std::int64_t outputs_of_block = static_cast<std::int64_t>(gemv_policy.warps / share) * (epilogue.gated ? 1 : gemv_policy.rows);
-  const LaunchShape shape{.grid_x = static_cast<unsigned>((epilogue.outputs + outputs_of_block - 1) / outputs_of_block), .block_x = static_cast<unsigned>(gemv_policy.warps * 32)};
+  const LaunchShape shape{.grid_x = static_cast<unsigned>((epilogue.outputs + outputs_of_block - 1) / outputs_of_block),
+                          .block_x = static_cast<unsigned>(gemv_policy.warps * 32)};
   const auto kernel = !pieces       ? gemv<E, 8, 1>
                       : tokens == 1 ? gemv<E, 1, piece>
                       : tokens == 2 ? gemv<E, 2, piece>

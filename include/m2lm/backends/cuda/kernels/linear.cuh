@@ -48,11 +48,12 @@ inline constexpr std::int64_t elements_for_threads = 1 << 20;
 
 template <class E>
 PackedMatrix pack(Device& device, const std::shared_ptr<Device>& owner, std::span<const AnyTensor> sources, DType format, bool gated) {
-  require<OptionError>(has_format<E>(format), "m2lm: weights of ", dtype_name(format), " cannot be packed for a device with activations of ", dtype_name(dtype_of<E>),
-                       ": it has ", dtype_name(dtype_of<E>), ", q8 and q4");
+  require<OptionError>(has_format<E>(format), "m2lm: weights of ", dtype_name(format), " cannot be packed for a device with activations of ",
+                       dtype_name(dtype_of<E>), ": it has ", dtype_name(dtype_of<E>), ", q8 and q4");
   PackedMatrix packed{.format = format, .rows = 0, .cols = ops::columns_of(sources[0].shape()), .gated = gated, .data = {}, .bytes = 0};
   for (const AnyTensor& source : sources) {
-    require<OptionError>(dtype_size(source.dtype()) != 0 || is_block_format(source.dtype()), "m2lm: a weight of ", dtype_name(source.dtype()), " cannot be packed");
+    require<OptionError>(dtype_size(source.dtype()) != 0 || is_block_format(source.dtype()), "m2lm: a weight of ", dtype_name(source.dtype()),
+                         " cannot be packed");
     packed.rows += source.shape()[0];
   }
   const QuantisedLayout layout{format, gated, packed.rows, packed.cols};
@@ -93,10 +94,12 @@ namespace detail {
 
 /// Many rows of x, weights of E: Device::multiply, with what it has as an epilogue; for anything else finish_product follows it.
 template <class E, class Out>
-void multiply(Device& device, Matrix<const E> x, const PackedMatrix& w, const E* bias, Activation activation, Matrix<const Out> residual, Matrix<Out> y, void* scratch) {
+void multiply(Device& device, Matrix<const E> x, const PackedMatrix& w, const E* bias, Activation activation, Matrix<const Out> residual,
+              Matrix<Out> y, void* scratch) {
   constexpr bool wide = !std::is_same_v<E, Out>;
   const bool takes_bias = !wide && reinterpret_cast<std::uintptr_t>(bias) % 16 == 0;
-  const bool takes_activation = activation == Activation::none || (residual.data() == nullptr && (activation == Activation::relu || activation == Activation::gelu_tanh));
+  const bool takes_activation =
+      activation == Activation::none || (residual.data() == nullptr && (activation == Activation::relu || activation == Activation::gelu_tanh));
   Product product{.dtype = dtype_of<E>, .x = x.data(), .ldx = x.stride(0), .w = w.data.get(), .m = x.extent(0), .n = w.rows, .k = w.cols};
   if (takes_bias) product.bias = std::exchange(bias, nullptr);
   const auto store_in = [&](auto matrix) {
@@ -125,7 +128,8 @@ void multiply(Device& device, Matrix<const E> x, const PackedMatrix& w, const E*
 }  // namespace detail
 
 template <class E, class Out>
-void linear(Device& device, Matrix<const E> x, const PackedMatrix& w, const E* bias, Activation activation, Matrix<const Out> residual, Matrix<Out> y, void* scratch) {
+void linear(Device& device, Matrix<const E> x, const PackedMatrix& w, const E* bias, Activation activation, Matrix<const Out> residual, Matrix<Out> y,
+            void* scratch) {
   const FusedEpilogue<E> epilogue{.bias = bias,
                                   .residual = residual.data(),
                                   .y = y.data(),

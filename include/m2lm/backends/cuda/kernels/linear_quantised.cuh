@@ -191,18 +191,22 @@ M2LM_DEVICE void finish_pair(const FusedEpilogue<E>& epilogue, std::int64_t row_
 // ---- few rows: bound by reading the weights ----------------------------------------------------------------------------------
 
 struct FewRowsPolicy {
-  int warps = 8;        ///< of a block; they share the columns, tile by tile in turn
-  int words_ahead = 16; ///< of weights that a lane has asked for before it uses the first: 2 KB per warp
+  int warps = 8;         ///< of a block; they share the columns, tile by tile in turn
+  int words_ahead = 16;  ///< of weights that a lane has asked for before it uses the first: 2 KB per warp
   int most_tokens = 32;
 };
 inline constexpr FewRowsPolicy few_rows_policy{};
 
+/// Blocks that a multiprocessor is to have at once. Left to itself, ptxas 13.0 saves registers for more by moving the loads of a batch
+/// behind its first products.
+template <class E, int RowTiles, int TokenTiles>
+inline constexpr int few_rows_blocks = RowTiles * TokenTiles * Operand<E>::terms <= 4 ? 2 : 1;
+
 /// y = epilogue(x·wᵀ) for up to 8·TokenTiles rows of x. A block has RowTiles row tiles, and its warps the column tiles in turn: warp i has
 /// tiles i, i + 8, …. Weights go from global memory to the operands of mma without a stop in shared memory; x comes from the L1 cache.
-/// At the end the warps' sums are added in their order. (Told how many blocks a multiprocessor is to have, ptxas keeps the loads of a batch
-/// in front of it; left to itself it saves registers by moving them behind the first products.)
+/// At the end the warps' sums are added in their order.
 template <class E, class Tile, int RowTiles, int TokenTiles, bool Pieces>
-M2LM_KERNEL void M2LM_LAUNCH_BOUNDS(few_rows_policy.warps * 32, RowTiles * TokenTiles * Operand<E>::terms <= 4 ? 2 : 1)
+M2LM_KERNEL void M2LM_LAUNCH_BOUNDS(few_rows_policy.warps * 32, few_rows_blocks<E, RowTiles, TokenTiles>)
     linear_quantised_few_rows(QuantisedWeight w, const E* __restrict__ x, std::int64_t ldx, int tokens, int columns, FusedEpilogue<E> epilogue) {
   constexpr int warps = few_rows_policy.warps, ahead = few_rows_policy.words_ahead / (Tile::words * RowTiles), fragments = RowTiles * TokenTiles;
   static_assert(ahead >= 1);
@@ -220,7 +224,8 @@ M2LM_KERNEL void M2LM_LAUNCH_BOUNDS(few_rows_policy.warps * 32, RowTiles * Token
     scales[r] = w.row_tile(first_row_tile + r) + w.scales_at + warp * QuantisedWeight::scale_bytes;
   }
   M2LM_UNROLL
-  for (int i = 0; i < TokenTiles; ++i) inputs[i] = x + (8 * i + g < tokens ? 8 * i + g : tokens - 1) * ldx + warp * 64 + t * 8;  // columns of mma are apart
+  for (int i = 0; i < TokenTiles; ++i)
+    inputs[i] = x + (8 * i + g < tokens ? 8 * i + g : tokens - 1) * ldx + warp * 64 + t * 8;  // columns of mma are apart
 
   float sum[RowTiles][TokenTiles][4] = {};
   // Column tiles begin, begin + 8, …; `whole`: all of their columns are there, so that nothing has to be asked between the loads.
@@ -293,7 +298,9 @@ struct ProductBlock {
   constexpr int threads() const { return row_warps * token_warps * 32; }
   constexpr int block_row_tiles() const { return row_warps * row_tiles; }
   constexpr int tokens() const { return token_warps * token_tiles * 8; }
-  constexpr std::size_t stage_bytes(std::size_t element_bytes) const { return static_cast<std::size_t>(tokens()) * QuantisedLayout::tile_columns * element_bytes; }
+  constexpr std::size_t stage_bytes(std::size_t element_bytes) const {
+    return static_cast<std::size_t>(tokens()) * QuantisedLayout::tile_columns * element_bytes;
+  }
   constexpr std::size_t shared_bytes(std::size_t element_bytes) const { return stage_bytes(element_bytes) * static_cast<std::size_t>(stages); }
 };
 /// A ProductBlock as a type, for a kernel: with what its functions say as constants, since device code cannot call them.
@@ -325,9 +332,10 @@ M2LM_DEVICE int piece_at(int row, int piece) {
 /// own rows of w, whose tiles go from global memory to registers one ahead, and become operands there: no weight is stored again.
 /// Consecutive blocks have the same rows of w.
 template <class E, class Tile, class Block>
-M2LM_KERNEL void M2LM_LAUNCH_BOUNDS(Block::threads)
-    linear_quantised_many_rows(QuantisedWeight w, const E* __restrict__ x, std::int64_t ldx, int tokens, int columns, bool pieces, FusedEpilogue<E> epilogue) {
-  constexpr int row_warps = Block::shape.row_warps, row_tiles = Block::shape.row_tiles, token_tiles = Block::shape.token_tiles, stages = Block::shape.stages;
+M2LM_KERNEL void M2LM_LAUNCH_BOUNDS(Block::threads) linear_quantised_many_rows(QuantisedWeight w, const E* __restrict__ x, std::int64_t ldx,
+                                                                               int tokens, int columns, bool pieces, FusedEpilogue<E> epilogue) {
+  constexpr int row_warps = Block::shape.row_warps, row_tiles = Block::shape.row_tiles, token_tiles = Block::shape.token_tiles,
+                stages = Block::shape.stages;
   constexpr int in_16_bytes = 16 / static_cast<int>(sizeof(E)), pieces_of_row = 64 / in_16_bytes;
   constexpr int operand_pieces = Operand<E>::words / 4;
   E* const staged = dynamic_shared<E>();
@@ -413,10 +421,12 @@ M2LM_KERNEL void M2LM_LAUNCH_BOUNDS(Block::threads)
 // ---- launching ---------------------------------------------------------------------------------------------------------------
 
 template <class E, class Tile>
-void enqueue_linear_quantised(Device& device, Matrix<const E> x, const QuantisedLayout& layout, const std::byte* data, const FusedEpilogue<E>& epilogue) {
-  const QuantisedWeight w{data, static_cast<std::int64_t>(layout.row_tile_bytes()), static_cast<std::int64_t>(layout.scales_at()), static_cast<int>(layout.row_tiles()),
-                          static_cast<int>(layout.column_tiles())};
-  const bool pieces = x.extent(1) * static_cast<std::int64_t>(sizeof(E)) % 16 == 0 && in_pieces(x.data(), x.stride(0), 16 / static_cast<int>(sizeof(E)));
+void enqueue_linear_quantised(Device& device, Matrix<const E> x, const QuantisedLayout& layout, const std::byte* data,
+                              const FusedEpilogue<E>& epilogue) {
+  const QuantisedWeight w{data, static_cast<std::int64_t>(layout.row_tile_bytes()), static_cast<std::int64_t>(layout.scales_at()),
+                          static_cast<int>(layout.row_tiles()), static_cast<int>(layout.column_tiles())};
+  const bool pieces =
+      x.extent(1) * static_cast<std::int64_t>(sizeof(E)) % 16 == 0 && in_pieces(x.data(), x.stride(0), 16 / static_cast<int>(sizeof(E)));
   const int tokens = static_cast<int>(x.extent(0)), columns = static_cast<int>(x.extent(1));
   if (tokens <= few_rows_policy.most_tokens) {
     // With more rows of x, two row tiles share what is read of it.
@@ -426,13 +436,14 @@ void enqueue_linear_quantised(Device& device, Matrix<const E> x, const Quantised
                         : tokens <= 16 ? linear_quantised_few_rows<E, Tile, 2, 2, true>
                                        : linear_quantised_few_rows<E, Tile, 2, 4, true>;
     launch(device, "linear_quantised_few_rows", kernel,
-           {.grid_x = (static_cast<unsigned>(w.row_tiles) + row_tiles - 1) / row_tiles, .block_x = static_cast<unsigned>(few_rows_policy.warps * 32)}, w, x.data(),
-           x.stride(0), tokens, columns, epilogue);
+           {.grid_x = (static_cast<unsigned>(w.row_tiles) + row_tiles - 1) / row_tiles, .block_x = static_cast<unsigned>(few_rows_policy.warps * 32)},
+           w, x.data(), x.stride(0), tokens, columns, epilogue);
     return;
   }
   const bool large = wants_large_blocks(tokens, w.row_tiles, device.properties().multiprocessors);
   const ProductBlock& shape = large ? LargeBlock::shape : SmallBlock::shape;
-  launch(device, "linear_quantised_many_rows", large ? linear_quantised_many_rows<E, Tile, LargeBlock> : linear_quantised_many_rows<E, Tile, SmallBlock>,
+  launch(device, "linear_quantised_many_rows",
+         large ? linear_quantised_many_rows<E, Tile, LargeBlock> : linear_quantised_many_rows<E, Tile, SmallBlock>,
          {.grid_x = static_cast<unsigned>((tokens + shape.tokens() - 1) / shape.tokens()),
           .grid_y = static_cast<unsigned>((w.row_tiles + shape.block_row_tiles() - 1) / shape.block_row_tiles()),
           .block_x = static_cast<unsigned>(shape.threads()),
