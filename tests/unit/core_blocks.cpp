@@ -8,6 +8,7 @@
 
 #include <support.hpp>
 
+#include <algorithm>
 #include <cmath>
 #include <limits>
 #include <memory>

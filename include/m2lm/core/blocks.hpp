@@ -4,13 +4,10 @@
 
 #include <m2lm/core/dtype.hpp>
 
-#include <algorithm>
 #include <array>
-#include <cmath>
 #include <cstddef>
 #include <cstdint>
 #include <cstring>
-#include <limits>
 
 namespace m2lm {
 
@@ -42,21 +39,23 @@ static_assert(sizeof(Q8Block) == dtype_bytes(DType::q8, block_values) && sizeof(
 
 namespace detail {
 
+// Builtins: every tensor's header reaches this one, and <cmath> and <algorithm> are 20,000 lines.
+
 /// The value of largest magnitude, the first of several; NaN if one of the values is not finite.
 inline float extreme_value(const float* x) {
   float extreme = 0;
   bool finite = true;
   for (std::int64_t i = 0; i < block_values; ++i) {
-    finite = finite && std::abs(x[i]) <= std::numeric_limits<float>::max();
-    if (std::abs(x[i]) > std::abs(extreme)) extreme = x[i];
+    finite = finite && __builtin_isfinite(x[i]);
+    if (__builtin_fabsf(x[i]) > __builtin_fabsf(extreme)) extreme = x[i];
   }
-  return finite ? extreme : std::numeric_limits<float>::quiet_NaN();
+  return finite ? extreme : __builtin_nanf("");
 }
 
 /// 1 / step, or 0 where nothing can be told apart: a step of 0, one so small that its inverse overflows, NaN.
 inline float inverse_step(float step) {
   const float inverse = 1.0F / step;
-  return std::abs(inverse) <= std::numeric_limits<float>::max() ? inverse : 0.0F;
+  return __builtin_isfinite(inverse) ? inverse : 0.0F;
 }
 
 }  // namespace detail
@@ -66,11 +65,11 @@ inline float inverse_step(float step) {
 /// format (ggml, MIT), as PyPI's `gguf` computes it.
 inline Q8Block quantise_q8(const float* x) {
   const float extreme = detail::extreme_value(x);
-  const float step = std::abs(extreme) / 127.0F;
+  const float step = __builtin_fabsf(extreme) / 127.0F;
   Q8Block block{.scale = to_half(step)};
   if (extreme != extreme) return block;
   const float inverse = detail::inverse_step(step);
-  for (std::size_t i = 0; i < block_values; ++i) block.values[i] = static_cast<std::int8_t>(std::round(x[i] * inverse));
+  for (std::size_t i = 0; i < block_values; ++i) block.values[i] = static_cast<std::int8_t>(__builtin_roundf(x[i] * inverse));
   return block;
 }
 
@@ -86,7 +85,8 @@ inline Q4Block quantise_q4(const float* x) {
   const auto quantised = [&](std::int64_t i) {
     // f32 arithmetic that no compiler contracts to an fma: product and sum are rounded each.
     const auto product = static_cast<double>(static_cast<float>(static_cast<double>(x[i]) * inverse));
-    return static_cast<unsigned>(std::min(15, static_cast<int>(static_cast<float>(product + 8.5))));
+    const int q = static_cast<int>(static_cast<float>(product + 8.5));
+    return static_cast<unsigned>(q < 15 ? q : 15);
   };
   for (std::int64_t j = 0; j < 16; ++j) block.pairs[static_cast<std::size_t>(j)] = static_cast<std::uint8_t>(quantised(j) | quantised(j + 16) << 4U);
   return block;
@@ -122,7 +122,7 @@ void dequantise(const std::byte* blocks, std::int64_t begin, std::int64_t count,
   for (std::int64_t at = begin; at < end;) {
     const std::int64_t index = at / block_values;
     const Block block = load_block<Block>(blocks, index);
-    const std::int64_t stop = std::min(end, (index + 1) * block_values);
+    const std::int64_t stop = end < (index + 1) * block_values ? end : (index + 1) * block_values;
     for (; at < stop; ++at) *out++ = static_cast<T>(dequantise(block, at - index * block_values));
   }
 }
