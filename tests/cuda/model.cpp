@@ -18,6 +18,7 @@ namespace {
 using namespace m2lm_test;
 using m2lm::BasicCuda;
 using m2lm::Bf16;
+using m2lm::Reference;
 namespace t = m2lm::testing;
 
 constexpr const char* llama_names[] = {"mha_plain",           "gqa_linear_tied_sharded", "mqa_llama3_hd10", "gqa_llama3_tied_f16",
@@ -214,4 +215,16 @@ TEST_CASE("sessions of several threads take turns on one device") {
     });
   for (std::thread& thread : threads) thread.join();
   CHECK(got == expected);
+}
+
+TEST_CASE("weights in blocks: what cannot be in blocks is in the type of the activations") {
+  const Synthetic s;
+  for (const DType format : {DType::q8, DType::q4}) {
+    const CudaLm model = CudaLm::from_pretrained(s.directory.path(), CudaF32(), {.precision = Precision{.weights = format}});
+    const auto exact = TextModel<Reference<double>>::from_pretrained(s.directory.path(), Reference<double>{});
+    const double error = t::relative_error(model.logits(model.prompt(some_ids(9, 96))), exact.logits(exact.prompt(some_ids(9, 96))));
+    // A block's step is 1/127 or 1/8 of its largest value; half a step at most is lost.
+    CHECK(error < t::network_tolerance(format == DType::q8 ? 1.0 / 254 : 1.0 / 16, t::epsilon_f32, 48, 2));
+    CHECK(error > 1e-4);  // they are in blocks
+  }
 }

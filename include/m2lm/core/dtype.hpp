@@ -44,7 +44,7 @@ inline constexpr std::int64_t block_values = 32;
 constexpr bool is_block_format(DType dtype) { return dtype == DType::q8 || dtype == DType::q4; }
 
 /// What is held beside weights of `format` but not in blocks, as keys and values are: bf16 for those in blocks.
-constexpr DType plain_format(DType format) { return is_block_format(format) ? DType::bf16 : format; }
+constexpr DType plain_format(DType format, DType plain = DType::bf16) { return is_block_format(format) ? plain : format; }
 
 /// Whether elements stand for real numbers: what weights may be.
 constexpr bool is_floating(DType dtype) {

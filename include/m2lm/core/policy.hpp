@@ -22,7 +22,7 @@ struct Precision {
   /// `part` itself, or `weights` where it inherits.
   constexpr DType resolve(DType part) const { return part == DType::inherit ? weights : part; }
   /// The same for a part that does not inherit blocks.
-  constexpr DType resolve_plain(DType part) const { return part == DType::inherit ? plain_format(weights) : part; }
+  constexpr DType resolve_plain(DType part, DType plain = DType::bf16) const { return part == DType::inherit ? plain_format(weights, plain) : part; }
 };
 
 /// A string literal as a template argument: Modality<"image", …>.

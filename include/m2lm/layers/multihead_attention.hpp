@@ -60,7 +60,7 @@ class MultiheadAttention {
   }
 
   void prepare(Context<B>& ctx, DType format) {
-    format_ = plain_format(format);
+    format_ = plain_format(format, plain_format_on<B>);
     std::int64_t row = 0;
     for (Linear<B>* part : {&query_, &key_, &value_}) {
       part->weight.value = in_proj_weight.value.rows(row, row + config_.width);

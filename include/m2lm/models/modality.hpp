@@ -134,8 +134,8 @@ struct Modality {
     /// The precision that this component is packed in when the model's is `model`.
     static constexpr Precision precision_of(const Precision& model) { return model; }
     void prepare(Context<B>& ctx, const Precision& precision) {
-      encoder.prepare(ctx, precision.resolve_plain(precision.encoders));
-      projector.prepare(ctx, precision.resolve_plain(precision.projectors));
+      encoder.prepare(ctx, precision.resolve_plain(precision.encoders, plain_format_on<B>));
+      projector.prepare(ctx, precision.resolve_plain(precision.projectors, plain_format_on<B>));
     }
     /// What the decoder sees of one instance.
     ModalityOutput<S> encode(Context<B>& ctx, const Input& input, [[maybe_unused]] std::int64_t hidden_size) const {

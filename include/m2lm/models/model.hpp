@@ -231,7 +231,7 @@ class Model {
   MediaPointer encode_media(Context<B>& ctx, const Component_& component, std::size_t index, const Input& input) const;
   Embedded embed_media(Context<B>& ctx, const PromptType& prompt, std::vector<std::int32_t> ids) const;
   void embed(Context<B>& ctx, const Embedded& embedded, std::int64_t begin, Matrix<Scalar> h) const;
-  DType cache_format() const { return state_->precision.resolve_plain(state_->precision.kv_cache); }
+  DType cache_format() const { return state_->precision.resolve_plain(state_->precision.kv_cache, plain_format_on<B>); }
 };
 
 // ---- Model ----------------------------------------------------------------------------------------------------------------
@@ -328,7 +328,7 @@ Model<B, P, D, C...> Model<B, P, D, C...>::load(detail::ModelFiles files, B back
   const auto add_component = [&](auto& component) {
     for_each_parameter(collect, component);
     const Precision own = component.precision_of(precision);
-    const DType encoder = own.resolve_plain(own.encoders), projector = own.resolve_plain(own.projectors);
+    const DType encoder = own.resolve_plain(own.encoders, plain_format_on<B>), projector = own.resolve_plain(own.projectors, plain_format_on<B>);
     formats.resize(parameters.size(), dtype_bytes(encoder, block_values) < dtype_bytes(projector, block_values) ? projector : encoder);
   };
   std::apply([&](auto&... c) { (add_component(c), ...); }, state.component);

@@ -41,6 +41,10 @@ using ElementOf = std::conditional_t<HostBackend<B>, T, OnDevice<T>>;
 template <class B>
 using AccumulatorOf = ElementOf<B, HostScalarOf<B>>;
 
+/// What stands in for a block format where one cannot be used: keys and values, encoders. A device has its activations' type.
+template <class B>
+inline constexpr DType plain_format_on = HostBackend<B> ? DType::bf16 : dtype_of<ScalarOf<B>>;
+
 /// The memory of a backend's device; null where it computes in the host's.
 template <class B>
 MemoryResource* memory_of(const B& backend) {

@@ -169,7 +169,7 @@ struct ClipVit {
     }
 
     void prepare(Context<B>& ctx, DType format) {
-      format_ = plain_format(format);
+      format_ = plain_format(format, plain_format_on<B>);
       using Host = HostScalarOf<B>;
       Tensor<Host> class_row(Shape{1, config_.hidden_size}), first(Shape{1, config_.hidden_size});
       class_embedding.value.copy_to(class_row.data(), 0, config_.hidden_size);
