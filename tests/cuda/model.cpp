@@ -106,8 +106,10 @@ TEST_CASE("a picture file and text: features, logits and text") {
   prompt.attach<"image">(picture);
   std::string streamed;
   const std::vector<std::int32_t> greedy = json.get_list<std::int32_t>("greedy_ids");
-  const m2lm::Generation answer = model.generate(
-      prompt, {.max_new_tokens = static_cast<std::int64_t>(greedy.size()), .ignore_eos = true, .on_text = [&](std::string_view piece) { streamed += piece; }});
+  const m2lm::Generation answer =
+      model.generate(prompt, {.max_new_tokens = static_cast<std::int64_t>(greedy.size()), .ignore_eos = true, .on_text = [&](std::string_view piece) {
+                                streamed += piece;
+                              }});
   CHECK(answer.tokens == greedy);
   CHECK(answer.text == json.get<std::string>("greedy_text"));
   CHECK(streamed == answer.text);
@@ -198,7 +200,8 @@ TEST_CASE("the context's end and a precision that the backend has not are errors
   CHECK_THROWS_AS(session.generate(model.prompt(some_ids(6, 96)), {.max_new_tokens = 20, .ignore_eos = true}), m2lm::CapacityError);
   CHECK(session.length() == 0);
   CHECK(session.generate(model.prompt(some_ids(6, 96)), {.max_new_tokens = 7, .ignore_eos = true}).tokens.size() == 7);
-  const std::string message = message_of<m2lm::OptionError>([&] { CudaLm::from_pretrained(s.directory.path(), CudaF32(), {.precision = in_element<Bf16>}); });
+  const std::string message =
+      message_of<m2lm::OptionError>([&] { CudaLm::from_pretrained(s.directory.path(), CudaF32(), {.precision = in_element<Bf16>}); });
   CHECK_MESSAGE(has(message, "BasicCuda<Bf16>"), message);
 }
 

@@ -41,7 +41,8 @@ std::string cell() {
 
 template <class Forward, class... Backward>
 Row row(std::string name, std::vector<std::string> ops) {
-  return {std::move(name), std::move(ops),
+  return {std::move(name),
+          std::move(ops),
           {cell<Reference<double>, Forward, Backward...>(), cell<Cpu, Forward, Backward...>(), cell<BasicCuda<float>, Forward, Backward...>(),
            cell<BasicCuda<Half>, Forward, Backward...>(), cell<BasicCuda<Bf16>, Forward, Backward...>()}};
 }
@@ -112,8 +113,8 @@ std::string document() {
   out += line("format", {"Cpu", "Cuda f32", "Cuda f16", "Cuda bf16"}) + "|---|---|---|---|---|\n";
   const auto mark = [](bool has) { return std::string(has ? "yes" : "–"); };
   for (const DType format : {DType::f32, DType::f16, DType::bf16, DType::q8, DType::q4})
-    out += line(std::string(dtype_name(format)), {mark(cpu_packs(format)), mark(cuda::has_format<float>(format)), mark(cuda::has_format<Half>(format)),
-                                                  mark(cuda::has_format<Bf16>(format))});
+    out += line(std::string(dtype_name(format)), {mark(cpu_packs(format)), mark(cuda::has_format<float>(format)),
+                                                  mark(cuda::has_format<Half>(format)), mark(cuda::has_format<Bf16>(format))});
   return out;
 }
 

@@ -56,5 +56,5 @@ struct GatedCrossAttention {
 };
 
 template <class B, m2lm::Precision P>
-using MapModel = m2lm::Model<B, P, m2lm::LlamaDecoder<{}, GatedCrossAttention>, m2lm::Modality<"map", MapEncoder, m2lm::LinearProjector>>;
+using MapModel = m2lm::Model<B, P, m2lm::LlamaDecoder<m2lm::BlockPolicy{}, GatedCrossAttention>, m2lm::Modality<"map", MapEncoder, m2lm::LinearProjector>>;
 }  // namespace lab

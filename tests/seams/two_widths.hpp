@@ -52,7 +52,7 @@ struct SplitHead {
 };
 
 template <class B, m2lm::Precision P>
-using TwoModel = m2lm::Model<B, P, m2lm::LlamaDecoder<{}, m2lm::NoHook, SplitHead>,
+using TwoModel = m2lm::Model<B, P, m2lm::LlamaDecoder<m2lm::BlockPolicy{}, m2lm::NoHook, SplitHead>,
                              m2lm::Modality<"near", Readings<6>, m2lm::LinearProjector>,
                              m2lm::With<m2lm::Modality<"far", Readings<11>, m2lm::MlpProjector<2>>, m2lm::Precision{.weights = m2lm::DType::bf16}>>;
 

@@ -62,9 +62,14 @@ class DeviceDecoding {
     greedy_ = true;
     for (const DeviceRow& row : rows) {
       const SamplingOptions& o = *row.options;
-      samplers.push_back({.seed = row.rng->seed(), .counter = row.rng->counter(), .temperature = static_cast<float>(o.temperature),
-                          .top_p = o.top_p, .min_p = static_cast<float>(o.min_p),
-                          .repetition_penalty = static_cast<float>(o.repetition_penalty), .top_k = o.top_k, .failed = 0});
+      samplers.push_back({.seed = row.rng->seed(),
+                          .counter = row.rng->counter(),
+                          .temperature = static_cast<float>(o.temperature),
+                          .top_p = o.top_p,
+                          .min_p = static_cast<float>(o.min_p),
+                          .repetition_penalty = static_cast<float>(o.repetition_penalty),
+                          .top_k = o.top_k,
+                          .failed = 0});
       penalised_ = penalised_ || o.repetition_penalty != 1;
       greedy_ = greedy_ && o.temperature == 0;
     }
@@ -91,7 +96,8 @@ class DeviceDecoding {
 
   /// What a recorded step depends on besides the caches.
   ops::StepKey key(std::int64_t count) const {
-    return {{number_, static_cast<std::uint64_t>(count), (penalised_ ? std::uint64_t{1} : std::uint64_t{0}) | (greedy_ ? std::uint64_t{2} : std::uint64_t{0})}};
+    return {{number_, static_cast<std::uint64_t>(count),
+             (penalised_ ? std::uint64_t{1} : std::uint64_t{0}) | (greedy_ ? std::uint64_t{2} : std::uint64_t{0})}};
   }
 };
 

@@ -47,15 +47,13 @@ void upload(Context<B>& ctx, std::span<const float> from, ScalarOf<B>* to) {
 
 /// The same bytes on a device. `from` may be reused at once.
 template <class T, class B>
-  requires(!HostBackend<B>)
-void upload_values(Context<B>& ctx, std::span<const T> from, OnDevice<T>* to) {
+requires(!HostBackend<B>) void upload_values(Context<B>& ctx, std::span<const T> from, OnDevice<T>* to) {
   Impl<UploadValues, B>::run(ctx, from.data(), to, from.size_bytes());
 }
 
 /// Ids where a device's kernels can read them, until the end of the arena's scope.
 template <class B>
-  requires(!HostBackend<B>)
-Vector<const OnDevice<std::int32_t>> upload_ids(Context<B>& ctx, std::span<const std::int32_t> ids) {
+requires(!HostBackend<B>) Vector<const OnDevice<std::int32_t>> upload_ids(Context<B>& ctx, std::span<const std::int32_t> ids) {
   auto* to = ctx.arena.template take<OnDevice<std::int32_t>>(static_cast<std::int64_t>(ids.size()));
   upload_values(ctx, ids, to);
   return Vector<const OnDevice<std::int32_t>>(to, {static_cast<std::int64_t>(ids.size())});
@@ -90,9 +88,6 @@ struct StepKey {
 /// Does what `body` does on a device, which may record it and later repeat it without calling body. Returns whether body was called.
 /// requires of body: it enqueues work only, and takes no memory that it has not taken before.
 template <class B, class Body>
-  requires(!HostBackend<B>)
-bool replay(Context<B>& ctx, const StepKey& key, Body&& body) {
-  return Impl<Replay, B>::run(ctx, key, body);
-}
+requires(!HostBackend<B>) bool replay(Context<B>& ctx, const StepKey& key, Body&& body) { return Impl<Replay, B>::run(ctx, key, body); }
 
 }  // namespace m2lm::ops

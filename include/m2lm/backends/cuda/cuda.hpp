@@ -178,8 +178,9 @@ struct Impl<Replay, BasicCuda<E>> {
 template <class E>
 struct Impl<Pack, BasicCuda<E>> {
   static PackedMatrix run(Context<BasicCuda<E>>& ctx, std::span<const AnyTensor> sources, DType format, bool gated) {
-    require<OptionError>(cuda::has_format<E>(format), "m2lm::Cuda: activations are in ", dtype_name(dtype_of<E>), ", so weights are in ", dtype_name(dtype_of<E>),
-                         ", q8 or q4, not in ", dtype_name(format), "; for those use BasicCuda<float>, BasicCuda<Half> or BasicCuda<Bf16>");
+    require<OptionError>(cuda::has_format<E>(format), "m2lm::Cuda: activations are in ", dtype_name(dtype_of<E>), ", so weights are in ",
+                         dtype_name(dtype_of<E>), ", q8 or q4, not in ", dtype_name(format),
+                         "; for those use BasicCuda<float>, BasicCuda<Half> or BasicCuda<Bf16>");
     return cuda::pack<E>(ctx.backend.device(), ctx.backend.shared_device(), sources, format, gated);
   }
 };
@@ -190,7 +191,8 @@ struct Impl<Linear, BasicCuda<E>> {
   static void run(Context<B>& ctx, Matrix<const OnDevice<E>> x, const PackedMatrix& w, const Epilogue<OnDevice<E>>& epilogue, Matrix<OnDevice<E>> y) {
     const Arena::Scope scope(ctx.arena);
     std::byte* scratch = ctx.arena.template take<std::byte>(static_cast<std::int64_t>(cuda::linear_scratch<E>(x.extent(0), w)));
-    cuda::linear<E, E>(ctx.backend.device(), detail::raw(x), w, values_of(epilogue.bias), epilogue.activation, detail::raw(epilogue.residual), detail::raw(y), scratch);
+    cuda::linear<E, E>(ctx.backend.device(), detail::raw(x), w, values_of(epilogue.bias), epilogue.activation, detail::raw(epilogue.residual),
+                       detail::raw(y), scratch);
   }
   static void run(Context<B>& ctx, Matrix<const OnDevice<E>> x, const PackedMatrix& w, Matrix<OnDevice<float>> y) {
     const Arena::Scope scope(ctx.arena);
@@ -208,9 +210,10 @@ struct Impl<RmsNorm, BasicCuda<E>> {
 
 template <class E>
 struct Impl<LayerNorm, BasicCuda<E>> {
-  static void run(Context<BasicCuda<E>>& ctx, Matrix<const OnDevice<E>> x, Vector<const OnDevice<E>> weight, Vector<const OnDevice<E>> bias, double eps,
-                  Matrix<OnDevice<E>> y) {
-    cuda::layer_norm<E>(ctx.backend.device(), detail::raw(x), values_of(weight.data()), values_of(bias.data()), static_cast<float>(eps), detail::raw(y));
+  static void run(Context<BasicCuda<E>>& ctx, Matrix<const OnDevice<E>> x, Vector<const OnDevice<E>> weight, Vector<const OnDevice<E>> bias,
+                  double eps, Matrix<OnDevice<E>> y) {
+    cuda::layer_norm<E>(ctx.backend.device(), detail::raw(x), values_of(weight.data()), values_of(bias.data()), static_cast<float>(eps),
+                        detail::raw(y));
   }
 };
 
@@ -218,14 +221,15 @@ template <class E>
 struct Impl<RopeAngles, BasicCuda<E>> {
   static void run(Context<BasicCuda<E>>& ctx, const Tensor<OnDevice<float>>& frequencies, std::int64_t first, const OnDevice<std::int32_t>* length,
                   Matrix<OnDevice<float>> cos, Matrix<OnDevice<float>> sin) {
-    cuda::rope_angles(ctx.backend.device(), values_of(frequencies.data()), {.length = detail::raw_length(length), .first = first, .most_keys = 0}, detail::raw(cos),
-                      detail::raw(sin));
+    cuda::rope_angles(ctx.backend.device(), values_of(frequencies.data()), {.length = detail::raw_length(length), .first = first, .most_keys = 0},
+                      detail::raw(cos), detail::raw(sin));
   }
 };
 
 template <class E>
 struct Impl<Rope, BasicCuda<E>> {
-  static void run(Context<BasicCuda<E>>& ctx, Matrix<OnDevice<E>> x, std::int64_t head_dim, Matrix<const OnDevice<float>> cos, Matrix<const OnDevice<float>> sin) {
+  static void run(Context<BasicCuda<E>>& ctx, Matrix<OnDevice<E>> x, std::int64_t head_dim, Matrix<const OnDevice<float>> cos,
+                  Matrix<const OnDevice<float>> sin) {
     cuda::rope<E>(ctx.backend.device(), detail::raw(x), head_dim, detail::raw(cos), detail::raw(sin));
   }
 };
@@ -234,7 +238,8 @@ template <class E>
 struct Impl<PlanKeyValues, BasicCuda<E>> {
   static KeyValuesPlan run(Context<BasicCuda<E>>&, DType format, std::int64_t kv_heads, std::int64_t head_dim, std::int64_t capacity) {
     require<OptionError>(format == dtype_of<E>, "m2lm::Cuda: a KV cache in ", dtype_name(format), " is not supported where activations are in ",
-                         dtype_name(dtype_of<E>), "; give .kv_cache = ", dtype_name(dtype_of<E>), ", or use BasicCuda<float>, BasicCuda<Half> or BasicCuda<Bf16>");
+                         dtype_name(dtype_of<E>), "; give .kv_cache = ", dtype_name(dtype_of<E>),
+                         ", or use BasicCuda<float>, BasicCuda<Half> or BasicCuda<Bf16>");
     return {capacity, static_cast<std::size_t>(kv_heads * capacity * head_dim) * sizeof(E)};
   }
 };
@@ -242,14 +247,15 @@ struct Impl<PlanKeyValues, BasicCuda<E>> {
 template <class E>
 struct Impl<AppendKeyValues, BasicCuda<E>> {
   static void run(Context<BasicCuda<E>>& ctx, Matrix<const OnDevice<E>> k, Matrix<const OnDevice<E>> v, std::int64_t first, const KeyValues& kv) {
-    cuda::append_key_values<E>(ctx.backend.device(), detail::raw(k), detail::raw(v), {.length = detail::raw_length(kv.length), .first = first, .most_keys = kv.capacity}, kv);
+    cuda::append_key_values<E>(ctx.backend.device(), detail::raw(k), detail::raw(v),
+                               {.length = detail::raw_length(kv.length), .first = first, .most_keys = kv.capacity}, kv);
   }
 };
 
 template <class E>
 struct Impl<RopeAppend, BasicCuda<E>> {
-  static void run(Context<BasicCuda<E>>& ctx, Matrix<OnDevice<E>> qkv, std::int64_t heads, Matrix<const OnDevice<float>> cos, Matrix<const OnDevice<float>> sin,
-                  std::int64_t first, const KeyValues& kv) {
+  static void run(Context<BasicCuda<E>>& ctx, Matrix<OnDevice<E>> qkv, std::int64_t heads, Matrix<const OnDevice<float>> cos,
+                  Matrix<const OnDevice<float>> sin, std::int64_t first, const KeyValues& kv) {
     cuda::rope_append<E>(ctx.backend.device(), detail::raw(qkv), heads, detail::raw(cos), detail::raw(sin),
                          {.length = detail::raw_length(kv.length), .first = first, .most_keys = kv.capacity}, kv);
   }
@@ -278,11 +284,12 @@ struct Impl<SetLength, BasicCuda<E>> {
 
 template <class E>
 struct Impl<Attention, BasicCuda<E>> {
-  static void run(Context<BasicCuda<E>>& ctx, Matrix<const OnDevice<E>> q, const KeyValues& kv, std::int64_t keys, std::int64_t first, AttentionMask mask,
-                  double scale, Matrix<OnDevice<E>> y, Sinks sinks) {
+  static void run(Context<BasicCuda<E>>& ctx, Matrix<const OnDevice<E>> q, const KeyValues& kv, std::int64_t keys, std::int64_t first,
+                  AttentionMask mask, double scale, Matrix<OnDevice<E>> y, Sinks sinks) {
     const Arena::Scope scope(ctx.arena);
     const bool ordered = mask.causal || mask.window > 0;
-    const cuda::Position position{.length = ordered ? detail::raw_length(kv.length) : nullptr, .first = first,
+    const cuda::Position position{.length = ordered ? detail::raw_length(kv.length) : nullptr,
+                                  .first = first,
                                   .most_keys = ordered ? std::min(BasicCuda<E>::key_bucket(keys), kv.capacity) : keys};
     std::byte* scratch = ctx.arena.template take<std::byte>(static_cast<std::int64_t>(
         cuda::attention_scratch<E>(ctx.backend.device().properties(), q.extent(0), q.extent(1) / kv.head_dim, kv, position.most_keys)));
@@ -330,8 +337,8 @@ struct Impl<ActivationForward, BasicCuda<E>> {
 
 template <class E>
 struct Impl<Sample, BasicCuda<E>> {
-  static void run(Context<BasicCuda<E>>& ctx, Matrix<OnDevice<float>> logits, OnDevice<SamplerRow>* rows, OnDevice<std::uint32_t>* seen, OnDevice<std::int32_t>* ids,
-                  bool greedy) {
+  static void run(Context<BasicCuda<E>>& ctx, Matrix<OnDevice<float>> logits, OnDevice<SamplerRow>* rows, OnDevice<std::uint32_t>* seen,
+                  OnDevice<std::int32_t>* ids, bool greedy) {
     const Arena::Scope scope(ctx.arena);
     std::byte* scratch = ctx.arena.template take<std::byte>(static_cast<std::int64_t>(cuda::sample_scratch(logits.extent(0), logits.extent(1))));
     cuda::sample(ctx.backend.device(), detail::raw(logits), values_of(rows), seen ? values_of(seen) : nullptr, values_of(ids), scratch, greedy);

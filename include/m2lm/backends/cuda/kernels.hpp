@@ -38,7 +38,8 @@ void rope(Device& device, Matrix<E> x, std::int64_t head_dim, Matrix<const float
 /// The rows of q and k are rotated; the rotated k, and v, go to the cache at their positions. One launch. qkv [tokens, q + k + v] is
 /// rotated in place (its k columns too). requires kv in format dtype_of<E>.
 template <class E>
-void rope_append(Device& device, Matrix<E> qkv, std::int64_t heads, Matrix<const float> cos, Matrix<const float> sin, Position position, const KeyValues& kv);
+void rope_append(Device& device, Matrix<E> qkv, std::int64_t heads, Matrix<const float> cos, Matrix<const float> sin, Position position,
+                 const KeyValues& kv);
 /// Keys and values are [kv_heads][capacity][head_dim] of E.
 template <class E>
 void append_key_values(Device& device, Matrix<const E> k, Matrix<const E> v, Position position, const KeyValues& kv);
@@ -77,17 +78,20 @@ template <class E>
 std::size_t linear_scratch(std::int64_t m, const PackedMatrix& w);
 /// As ops::linear, Out = E, or float for logits. GEMV for few rows, else cuBLASLt or an own kernel on quantised weights.
 template <class E, class Out>
-void linear(Device& device, Matrix<const E> x, const PackedMatrix& w, const E* bias, Activation activation, Matrix<const Out> residual, Matrix<Out> y, void* scratch);
+void linear(Device& device, Matrix<const E> x, const PackedMatrix& w, const E* bias, Activation activation, Matrix<const Out> residual, Matrix<Out> y,
+            void* scratch);
 
 // ---- attention_*.cuh --------------------------------------------------------------------------------------------------------
 
 /// Bytes of scratch that `attention` wants.
 template <class E>
-std::size_t attention_scratch(const DeviceProperties& properties, std::int64_t tokens, std::int64_t heads, const KeyValues& kv, std::int64_t most_keys);
+std::size_t attention_scratch(const DeviceProperties& properties, std::int64_t tokens, std::int64_t heads, const KeyValues& kv,
+                              std::int64_t most_keys);
 /// As ops::attention over `keys` = position + tokens keys (causal or windowed), or over position.most_keys keys where the mask is not
 /// ordered. Few queries: keys are split over blocks, the heads of a group share a pass. Many: tensor cores (E = float: FMA).
 template <class E>
-void attention(Device& device, Matrix<const E> q, const KeyValues& kv, Position position, AttentionMask mask, float scale, Matrix<E> y, Sinks sinks, void* scratch);
+void attention(Device& device, Matrix<const E> q, const KeyValues& kv, Position position, AttentionMask mask, float scale, Matrix<E> y, Sinks sinks,
+               void* scratch);
 
 // ---- sampling.cuh -----------------------------------------------------------------------------------------------------------
 

@@ -200,7 +200,7 @@ inline constexpr FewRowsPolicy few_rows_policy{};
 /// Blocks that a multiprocessor is to have at once. Left to itself, ptxas 13.0 saves registers for more by moving the loads of a batch
 /// behind its first products.
 template <class E, int RowTiles, int TokenTiles>
-inline constexpr int few_rows_blocks = RowTiles * TokenTiles * Operand<E>::terms <= 4 ? 2 : 1;
+inline constexpr int few_rows_blocks = RowTiles* TokenTiles* Operand<E>::terms <= 4 ? 2 : 1;
 
 /// y = epilogue(x·wᵀ) for up to 8·TokenTiles rows of x. A block has RowTiles row tiles, and its warps the column tiles in turn: warp i has
 /// tiles i, i + 8, …. Weights go from global memory to the operands of mma without a stop in shared memory; x comes from the L1 cache.

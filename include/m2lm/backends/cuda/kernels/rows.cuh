@@ -441,7 +441,8 @@ inline constexpr unsigned most_norm_threads =
     Held == NormPolicy{}.held_when_few ? NormPolicy{}.most_threads_when_few : NormPolicy{}.most_threads_when_many;
 
 template <int N, int Held, class E>
-M2LM_KERNEL M2LM_LAUNCH_BOUNDS(most_norm_threads<Held>, 1) void rms_norm_rows(Rows<const E> x, const E* weight, float eps, Rows<E> y, unsigned vectors) {
+M2LM_KERNEL M2LM_LAUNCH_BOUNDS(most_norm_threads<Held>, 1) void rms_norm_rows(Rows<const E> x, const E* weight, float eps, Rows<E> y,
+                                                                              unsigned vectors) {
   const RowPart<N, Held, E> part(x.at(blockIdx.x, 0), vectors);
   NormVector<N, E> w(weight, vectors);
   float squares = 0;
@@ -461,7 +462,7 @@ M2LM_KERNEL M2LM_LAUNCH_BOUNDS(most_norm_threads<Held>, 1) void rms_norm_rows(Ro
 
 template <int N, int Held, class E>
 M2LM_KERNEL M2LM_LAUNCH_BOUNDS(most_norm_threads<Held>, 1) void layer_norm_rows(Rows<const E> x, const E* weight, const E* bias, float eps, Rows<E> y,
-                                                                             unsigned vectors) {
+                                                                                unsigned vectors) {
   const RowPart<N, Held, E> part(x.at(blockIdx.x, 0), vectors);
   NormVector<N, E> w(weight, vectors), b(bias, vectors);
   const auto n = static_cast<float>(vectors * N);
