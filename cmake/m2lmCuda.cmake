@@ -3,7 +3,8 @@
 # m2lm_instantiate(target ALIAS HEADER [TRAINING])
 #   Adds the model ALIAS (such as my::Vlm, a Model on Cuda), which HEADER declares, to the target: its kernels in a generated .cu, and
 #   its members in a generated .cpp, if HEADER says M2LM_EXTERN_MODEL(template arguments) at global scope: then the target's files do
-#   not compile them again. nvcc sees the .cu alone. TRAINING adds the kernels of backward passes. (The members are not in it: cicc of CUDA 13.0 aborts without a word on both.)
+#   not compile them again. nvcc sees the .cu alone. TRAINING adds the kernels of backward passes. (The members are not in the
+#   .cu: cicc of CUDA 13.0.88 aborts without a word on an explicit instantiation of a Model beside the kernels.)
 #   HEADER is a path, relative to the current source directory, or what stands between <> in an #include. The project has CUDA among
 #   its languages.
 if(NOT TARGET m2lm_cuda)

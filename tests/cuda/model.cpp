@@ -1,10 +1,12 @@
 // Model on the CUDA backend: the goldens of the CPU's tests, recorded steps, sampling on the device, sessions and batches.
-// labels: emulated-only
-// (cicc of CUDA 13.0.88 aborts on the members of Model together with the kernels, see cmake/m2lmCuda.cmake. On a device the programs run
-// them; to be compiled for it when a cicc takes it, or with the members left to the host compiler.)
+// labels: host-compiled
+#if defined(M2LM_TEST_ON_DEVICE)
+#include <m2lm/m2lm.hpp>
+#else
 #include <m2lm/testing/cuda_emulation_runtime.hpp>
 
 #include <m2lm/m2lm.cuh>
+#endif
 
 #include "../unit/models_support.hpp"
 
