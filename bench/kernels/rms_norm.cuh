@@ -56,7 +56,7 @@ template <class N>
 M2LM_KERNEL void rms_norm_in_registers(N n) {
   constexpr int elements = 8, held = 8;
   const std::int64_t begin = std::int64_t{blockIdx.x} * n.cols;
-  float x[held][elements], squares = 0;
+  float x[held][elements] = {}, squares = 0;
   M2LM_UNROLL
   for (int v = 0; v < held; ++v) {
     const int i = (v * static_cast<int>(blockDim.x) + static_cast<int>(threadIdx.x)) * elements;

@@ -5,7 +5,6 @@
 #include <m2lm/ops/rope.hpp>
 #include <m2lm/ops/transfer.hpp>
 
-#include <algorithm>
 #include <cmath>
 #include <numbers>
 #include <vector>
@@ -77,7 +76,7 @@ class RopeFrequencies {
   void prepare([[maybe_unused]] Context<B>& ctx) {
     if constexpr (!HostBackend<B>) {
       Tensor<float> values(Shape{static_cast<std::int64_t>(host_.size())});
-      std::copy(host_.begin(), host_.end(), values.data());
+      for (std::size_t i = 0; i < host_.size(); ++i) values.data()[i] = host_[i];
       device_ = ops::upload_tensor<B, OnDevice<float>>(ctx, AnyTensor(std::move(values)));
     }
   }

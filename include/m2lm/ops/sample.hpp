@@ -26,8 +26,9 @@ struct Sample;
 /// token is marked in `seen`, one bit per token, [rows, ⌈vocabulary/32⌉] words; null where no row has a repetition penalty. `greedy`:
 /// every row has the temperature 0, which saves the steps that only a draw needs.
 template <class B>
-requires(!HostBackend<B>) void sample(Context<B>& ctx, Matrix<AccumulatorOf<B>> logits, OnDevice<SamplerRow>* rows, OnDevice<std::uint32_t>* seen,
-                                      OnDevice<std::int32_t>* ids, bool greedy = false) {
+  requires(!HostBackend<B>)
+void sample(Context<B>& ctx, Matrix<AccumulatorOf<B>> logits, OnDevice<SamplerRow>* rows, OnDevice<std::uint32_t>* seen, OnDevice<std::int32_t>* ids,
+            bool greedy = false) {
   Impl<Sample, B>::run(ctx, logits, rows, seen, ids, greedy);
 }
 

@@ -4,7 +4,6 @@
 
 #include <m2lm/ops/op.hpp>
 
-#include <algorithm>
 #include <cstring>
 #include <span>
 
@@ -30,30 +29,34 @@ void copy_rows(Context<B>& ctx, Matrix<const ScalarOf<B>> from, Matrix<ScalarOf<
 /// Sets `count` elements to zero.
 template <class T, class B>
 void zero([[maybe_unused]] Context<B>& ctx, T* p, std::int64_t count) {
-  if constexpr (HostElement<T>)
-    std::fill_n(p, count, T(0));
-  else
+  if constexpr (HostElement<T>) {
+    for (std::int64_t i = 0; i < count; ++i) p[i] = T(0);
+  } else {
     ctx.backend.memory().zero(p, static_cast<std::size_t>(count) * sizeof(T));
+  }
 }
 
 /// to[i] = from[i], converted. `from` may be reused at once.
 template <class B>
 void upload(Context<B>& ctx, std::span<const float> from, ScalarOf<B>* to) {
-  if constexpr (HostBackend<B>)
-    std::transform(from.begin(), from.end(), to, [](float x) { return static_cast<ScalarOf<B>>(x); });
-  else
+  if constexpr (HostBackend<B>) {
+    for (std::size_t i = 0; i < from.size(); ++i) to[i] = static_cast<ScalarOf<B>>(from[i]);
+  } else {
     Impl<Upload, B>::run(ctx, from, to);
+  }
 }
 
 /// The same bytes on a device. `from` may be reused at once.
 template <class T, class B>
-requires(!HostBackend<B>) void upload_values(Context<B>& ctx, std::span<const T> from, OnDevice<T>* to) {
+  requires(!HostBackend<B>)
+void upload_values(Context<B>& ctx, std::span<const T> from, OnDevice<T>* to) {
   Impl<UploadValues, B>::run(ctx, from.data(), to, from.size_bytes());
 }
 
 /// Ids where a device's kernels can read them, until the end of the arena's scope.
 template <class B>
-requires(!HostBackend<B>) Vector<const OnDevice<std::int32_t>> upload_ids(Context<B>& ctx, std::span<const std::int32_t> ids) {
+  requires(!HostBackend<B>)
+Vector<const OnDevice<std::int32_t>> upload_ids(Context<B>& ctx, std::span<const std::int32_t> ids) {
   auto* to = ctx.arena.template take<OnDevice<std::int32_t>>(static_cast<std::int64_t>(ids.size()));
   upload_values(ctx, ids, to);
   return Vector<const OnDevice<std::int32_t>>(to, {static_cast<std::int64_t>(ids.size())});
@@ -88,6 +91,9 @@ struct StepKey {
 /// Does what `body` does on a device, which may record it and later repeat it without calling body. Returns whether body was called.
 /// requires of body: it enqueues work only, and takes no memory that it has not taken before.
 template <class B, class Body>
-requires(!HostBackend<B>) bool replay(Context<B>& ctx, const StepKey& key, Body&& body) { return Impl<Replay, B>::run(ctx, key, body); }
+  requires(!HostBackend<B>)
+bool replay(Context<B>& ctx, const StepKey& key, Body&& body) {
+  return Impl<Replay, B>::run(ctx, key, body);
+}
 
 }  // namespace m2lm::ops

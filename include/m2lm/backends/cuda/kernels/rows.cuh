@@ -396,7 +396,7 @@ template <int N, int Held, class E>
 struct RowPart {
   const E* row;
   unsigned vectors;
-  float held[Held][N];
+  float held[Held][N] = {};  // what is not there counts as zero
 
   M2LM_DEVICE RowPart(const E* row_, unsigned vectors_) : row(row_), vectors(vectors_) {
     M2LM_UNROLL
