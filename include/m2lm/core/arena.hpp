@@ -5,7 +5,6 @@
 #include <m2lm/core/tensor.hpp>
 #include <m2lm/core/view.hpp>
 
-#include <atomic>
 #include <cstddef>
 #include <cstdint>
 #include <vector>
@@ -14,8 +13,8 @@ namespace m2lm {
 
 /// A number that no other call in this program gives.
 inline std::uint64_t next_number() {
-  static std::atomic<std::uint64_t> last{0};
-  return ++last;
+  static std::uint64_t last = 0;
+  return __atomic_add_fetch(&last, 1, __ATOMIC_RELAXED);  // std::atomic would cost every header 1,600 lines
 }
 
 /// Bump allocator, in the host's memory or a device's. Memory is uninitialised and 64-byte aligned (256 on a device). Once it has seen the largest piece of work it allocates

@@ -7,7 +7,6 @@
 
 #include <cstdlib>
 #include <memory>
-#include <optional>
 #include <span>
 #include <type_traits>
 #include <vector>
@@ -30,7 +29,7 @@ class KvCache {
   using Bytes = std::unique_ptr<std::byte, Free>;
   struct HostLength {};
   struct DeviceLength {
-    std::optional<B> backend;
+    std::unique_ptr<B> backend;  // a pointer, so that a cache can be made empty
     Tensor<OnDevice<std::int32_t>> value;
   };
   [[no_unique_address]] std::conditional_t<HostBackend<B>, HostLength, DeviceLength> on_device_;  // first: what follows may lie in its memory
@@ -59,7 +58,7 @@ class KvCache {
     }
     const OnDevice<std::int32_t>* length = nullptr;
     if constexpr (!HostBackend<B>) {
-      on_device_.backend.emplace(ctx.backend);
+      on_device_.backend = std::make_unique<B>(ctx.backend);
       on_device_.value = make_tensor<OnDevice<std::int32_t>>(ctx.backend, Shape{1});
       length = on_device_.value.data();
     }
