@@ -267,7 +267,12 @@ auto BasicSession<M>::prefill(Turns& turns) -> Tensor<S> {
   Arena& arena = turns[0]->session.arena_;
   Context<B> ctx{model.backend(), arena, &state.decoder.embed_tokens.weight.value};
   const std::int64_t hidden = model.decoder_config().hidden_size;
-  constexpr std::int64_t piece = 512;
+  constexpr std::int64_t piece = [] {
+    if constexpr (HostBackend<B>)
+      return 512;
+    else
+      return B::prefill_rows;
+  }();
   struct Part {
     std::size_t turn;
     std::int64_t from, count;

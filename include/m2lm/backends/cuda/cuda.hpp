@@ -52,6 +52,9 @@ class BasicCuda {
   /// Waits until the device has done all that was asked of it. throws DeviceError for a kernel that has failed.
   void synchronize() const { device_->synchronize(); }
 
+  /// Rows of a prompt that go through the decoder at once: enough for products to fill the device.
+  static constexpr std::int64_t prefill_rows = 4096;
+
   /// What a decode step with `keys` keys is shaped for: steps of one bucket are one recording.
   static constexpr std::int64_t key_bucket(std::int64_t keys) {
     constexpr std::uint64_t smallest = 256;
