@@ -324,7 +324,7 @@ constexpr bool wants_large_blocks(std::int64_t tokens, std::int64_t row_tiles, i
 /// Where 16 bytes of a row of x lie in its tile: moved so that the 8 lanes which are served together (two rows, four pieces each) meet
 /// all 32 banks. Of 16-bit elements a lane reads one piece of 8 in a row, of float two of 16.
 template <class E>
-M2LM_DEVICE int piece_at(int row, int piece) {
+M2LM_HOST_DEVICE constexpr int piece_at(int row, int piece) {
   return piece ^ (sizeof(E) == 4 ? row & 1 : (row & 1) << 2);
 }
 
