@@ -3,13 +3,14 @@
 // Runs every way once per round, in turns; prints the median of the rounds. Exit status 77: no device.
 #include "attention_decode.cuh"
 
+#include "device_program.hpp"
+
 #include <m2lm/backends/cuda/runtime.cuh>
 #include <m2lm/core/rng.hpp>
 
 #include <algorithm>
 #include <chrono>
 #include <cstdio>
-#include <string>
 #include <vector>
 
 namespace {
@@ -76,22 +77,11 @@ void time_ways(cuda::Device& device, int heads, int kv_heads, int head_dim, int 
 }  // namespace
 
 int main() {
-  std::string reason;
-  if (cuda::device_count(&reason) == 0) {
-    std::printf("skipped: no device (%s)\n", reason.c_str());
-    return 77;
-  }
-  try {
-    cuda::Device device(0);
-    std::printf("%s\n", device.properties().name.c_str());
+  return m2lm_bench::on_first_device([](cuda::Device& device) {
     for (const int count : {128, 1024, 4096, 16384}) {
       time_ways(device, 32, 32, 128, count);
       time_ways(device, 32, 8, 128, count);
       time_ways(device, 32, 4, 64, count);
     }
-  } catch (const std::exception& error) {
-    std::fprintf(stderr, "%s\n", error.what());
-    return 1;
-  }
-  return 0;
+  });
 }

@@ -3,13 +3,14 @@
 // Runs every way once per round, in turns; prints the median of the rounds. Exit status 77: no device.
 #include "rms_norm.cuh"
 
+#include "device_program.hpp"
+
 #include <m2lm/backends/cuda/runtime.cuh>
 #include <m2lm/core/rng.hpp>
 
 #include <algorithm>
 #include <chrono>
 #include <cstdio>
-#include <string>
 #include <vector>
 
 namespace {
@@ -57,19 +58,8 @@ void time_ways(cuda::Device& device, int rows, int cols) {
 }  // namespace
 
 int main() {
-  std::string reason;
-  if (cuda::device_count(&reason) == 0) {
-    std::printf("skipped: no device (%s)\n", reason.c_str());
-    return 77;
-  }
-  try {
-    cuda::Device device(0);
-    std::printf("%s\n", device.properties().name.c_str());
+  return m2lm_bench::on_first_device([](cuda::Device& device) {
     for (const int rows : {1, 16, 512, 4096})
       for (const int cols : {1024, 2048, 4096, 8192}) time_ways(device, rows, cols);
-  } catch (const std::exception& error) {
-    std::fprintf(stderr, "%s\n", error.what());
-    return 1;
-  }
-  return 0;
+  });
 }

@@ -3,6 +3,8 @@
 // Runs everything once per round, in turns; prints the median of the rounds. Exit status 77: no device.
 #include "sampling.cuh"
 
+#include "device_program.hpp"
+
 #include <m2lm/backends/cuda/runtime.cuh>
 #include <m2lm/core/rng.hpp>
 
@@ -10,7 +12,6 @@
 #include <chrono>
 #include <cmath>
 #include <cstdio>
-#include <string>
 #include <vector>
 
 namespace {
@@ -80,19 +81,8 @@ void time_settings(cuda::Device& device, int rows, int vocab) {
 }  // namespace
 
 int main() {
-  std::string reason;
-  if (cuda::device_count(&reason) == 0) {
-    std::printf("skipped: no device (%s)\n", reason.c_str());
-    return 77;
-  }
-  try {
-    cuda::Device device(0);
-    std::printf("%s\n", device.properties().name.c_str());
+  return m2lm_bench::on_first_device([](cuda::Device& device) {
     for (const int rows : {1, 16})
       for (const int vocab : {32000, 128256}) time_settings(device, rows, vocab);
-  } catch (const std::exception& error) {
-    std::fprintf(stderr, "%s\n", error.what());
-    return 1;
-  }
-  return 0;
+  });
 }

@@ -6,6 +6,7 @@
 #include <m2lm/m2lm.cuh>
 
 #include "../unit/models_support.hpp"
+#include "emulated_support.hpp"
 
 #include <algorithm>
 #include <cstdint>
@@ -18,31 +19,11 @@ namespace {
 using namespace m2lm_test;
 using m2lm::cuda::detail::NoDevice;
 using m2lm::cuda::emulation::allocations;
-using m2lm::cuda::emulation::counts;
 using m2lm::cuda::emulation::launches;
 using m2lm::cuda::emulation::Machine;
 using m2lm::cuda::emulation::MachineScope;
 
 using CudaLm = TextModel<m2lm::BasicCuda<float>>;
-
-/// Sees that all of a scope is gone at its end: devices, their memory, pinned memory.
-class NothingLeaks {
-  std::int64_t devices_ = counts().devices, allocations_ = counts().allocations, pinned_ = counts().pinned, lost_ = counts().lost;
-
- public:
-  ~NothingLeaks() {
-    CHECK(counts().devices == devices_);
-    CHECK(counts().allocations == allocations_);
-    CHECK(counts().pinned == pinned_);
-    CHECK(counts().lost == lost_);
-  }
-};
-
-Machine machine_that(auto change) {
-  Machine machine;
-  change(machine);
-  return machine;
-}
 
 /// A checkpoint, and what the CPU answers with it.
 struct Checkpoint {

@@ -4,6 +4,8 @@
 
 #include <m2lm/backends/cuda/device.cuh>
 
+#include "emulated_support.hpp"
+
 #include <doctest/doctest.h>
 
 #include <support.hpp>
@@ -50,7 +52,9 @@ using m2lm::cuda::emulation::counts;
 using m2lm::cuda::emulation::Machine;
 using m2lm::cuda::emulation::MachineScope;
 using m2lm_test::has;
+using m2lm_test::machine_that;
 using m2lm_test::message_of;
+using m2lm_test::NothingLeaks;
 
 namespace {
 
@@ -78,25 +82,6 @@ bool survives(const std::function<void()>& act) {
   int status = 0;
   REQUIRE(::waitpid(child, &status, 0) == child);
   return WIFEXITED(status) && WEXITSTATUS(status) == 0;
-}
-
-/// Sees that the allocations, devices and pinned blocks of a scope are gone at its end.
-class NothingLeaks {
-  std::int64_t devices_ = counts().devices, allocations_ = counts().allocations, pinned_ = counts().pinned, lost_ = counts().lost;
-
- public:
-  ~NothingLeaks() {
-    CHECK(counts().devices == devices_);
-    CHECK(counts().allocations == allocations_);
-    CHECK(counts().pinned == pinned_);
-    CHECK(counts().lost == lost_);
-  }
-};
-
-Machine machine_that(auto change) {
-  Machine machine;
-  change(machine);
-  return machine;
 }
 
 }  // namespace
