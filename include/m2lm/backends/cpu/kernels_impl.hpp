@@ -16,6 +16,7 @@ namespace m2lm::detail::cpu_baseline {
 #define M2LM_CPU_NATIVE_BF16 0
 #include <m2lm/backends/cpu/kernels/simd_baseline.inc.hpp>
 #include <m2lm/backends/cpu/kernels/kernels.inc.hpp>
+#include <m2lm/backends/cpu/kernels/attention.inc.hpp>
 #include <m2lm/backends/cpu/kernels/training.inc.hpp>
 }  // namespace m2lm::detail::cpu_baseline
 namespace m2lm::detail::cpu_baseline::floats {
@@ -28,6 +29,7 @@ M2LM_REGION_BEGIN("avx2,fma,f16c")
 namespace m2lm::detail::cpu_avx2 {
 #include <m2lm/backends/cpu/kernels/simd_avx2.inc.hpp>
 #include <m2lm/backends/cpu/kernels/kernels.inc.hpp>
+#include <m2lm/backends/cpu/kernels/attention.inc.hpp>
 #include <m2lm/backends/cpu/kernels/training.inc.hpp>
 }  // namespace m2lm::detail::cpu_avx2
 namespace m2lm::detail::cpu_avx2::shorts {
@@ -54,6 +56,7 @@ M2LM_REGION_BEGIN("avx2,fma,f16c,avx512f,avx512bw,avx512dq,avx512vl")
 namespace m2lm::detail::cpu_avx512 {
 #include <m2lm/backends/cpu/kernels/simd_avx512.inc.hpp>
 #include <m2lm/backends/cpu/kernels/kernels.inc.hpp>
+#include <m2lm/backends/cpu/kernels/attention.inc.hpp>
 #include <m2lm/backends/cpu/kernels/training.inc.hpp>
 }  // namespace m2lm::detail::cpu_avx512
 namespace m2lm::detail::cpu_avx512::shorts {
@@ -87,6 +90,7 @@ namespace m2lm::detail::cpu_avx512_bf16 {
 #include <m2lm/backends/cpu/kernels/simd_avx512.inc.hpp>
 #include <m2lm/backends/cpu/kernels/simd_avx512_bf16.inc.hpp>
 #include <m2lm/backends/cpu/kernels/kernels.inc.hpp>
+#include <m2lm/backends/cpu/kernels/attention.inc.hpp>
 #include <m2lm/backends/cpu/kernels/training.inc.hpp>
 }  // namespace m2lm::detail::cpu_avx512_bf16
 M2LM_REGION_END
