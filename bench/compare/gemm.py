@@ -23,7 +23,7 @@ import time
 
 ROOT = pathlib.Path(__file__).resolve().parents[2]
 SHAPES = [(512, 2048, 5632), (577, 1024, 4096), (1500, 1280, 5120)]  # m, k, n
-LEVELS = ["baseline", "avx2", "avx512", "avx512_bf16"]
+LEVELS = ["baseline", "avx2", "avx512", "avx512_bf16", "amx"]
 
 
 def build(directory, compiler):
@@ -89,7 +89,7 @@ def gemm(lib, torch, args, isa, shapes):
             tx, tw = x.to(dtype), w.to(dtype)
             packed = torch.ops.mkldnn._reorder_linear_weight(tw, m)
             handles = {"m2lm": lib.bench_gemm_new(args.threads, isa, -1, bf16, m, n, k, x.data_ptr(), w.data_ptr())}
-            if bf16 and isa == 3:
+            if bf16 and isa >= 3:
                 for dot, name in ((0, "m2lm, f32 products"), (1, "m2lm, BF16 instructions")):
                     handles[name] = lib.bench_gemm_new(args.threads, isa, dot, bf16, m, n, k, x.data_ptr(), w.data_ptr())
             candidates = {name: (lambda h=h: lib.bench_gemm_run(h, y.data_ptr())) for name, h in handles.items()}

@@ -140,7 +140,7 @@ double bench_peak(int kind, int isa) {
   const IsaLevel level = static_cast<IsaLevel>(isa);
   for (int i = 0; i < 200; ++i) {
     double rate = 0;
-    if (kind == 1 && level == IsaLevel::avx512_bf16) rate = bf16_dot_rate();
+    if (kind == 1 && level >= IsaLevel::avx512_bf16) rate = bf16_dot_rate();
     if (kind == 0 && level >= IsaLevel::avx512) rate = f32_rate();
     if (kind == 0 && level == IsaLevel::avx2) rate = f32_rate_avx2();
     if (rate > best) best = rate;

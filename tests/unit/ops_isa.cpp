@@ -13,7 +13,7 @@ namespace {
 
 using namespace m2lm;
 
-constexpr IsaLevel all_levels[] = {IsaLevel::baseline, IsaLevel::avx2, IsaLevel::avx512, IsaLevel::avx512_bf16};
+constexpr IsaLevel all_levels[] = {IsaLevel::baseline, IsaLevel::avx2, IsaLevel::avx512, IsaLevel::avx512_bf16, IsaLevel::amx};
 
 /// Sets or removes M2LM_MAX_ISA for the life of the object.
 class MaxIsa {
@@ -66,7 +66,7 @@ TEST_CASE("M2LM_MAX_ISA with another value is an error that lists the levels") {
   for (const char* value : {"avx9000", "AVX2", "avx512 ", "0"}) {
     const MaxIsa environment(value);
     const std::string message =
-        concat("m2lm: M2LM_MAX_ISA=", value, " names no level; the levels are baseline, avx2, avx512, avx512_bf16");
+        concat("m2lm: M2LM_MAX_ISA=", value, " names no level; the levels are baseline, avx2, avx512, avx512_bf16, amx");
     CHECK_THROWS_WITH_AS(default_isa(), message.c_str(), OptionError);
     CHECK_THROWS_AS(Cpu{}, OptionError);
   }
@@ -103,6 +103,8 @@ TEST_CASE("the level agrees with the operating system's list of flags") {
   if (has({"avx2", "fma", "f16c"})) expected = IsaLevel::avx2;
   if (expected == IsaLevel::avx2 && has({"avx512f", "avx512bw", "avx512dq", "avx512vl"})) expected = IsaLevel::avx512;
   if (expected == IsaLevel::avx512 && has({"avx512_bf16", "avx512_vnni"})) expected = IsaLevel::avx512_bf16;
+  // The list names what the kernel lets a process ask for; whether this one may (a container's filter) only asking tells.
+  if (expected == IsaLevel::avx512_bf16 && has({"amx_tile", "amx_bf16", "amx_int8"}) && detect_isa() == IsaLevel::amx) expected = IsaLevel::amx;
   CHECK(name(detect_isa()) == name(expected));
 }
 
@@ -113,15 +115,17 @@ TEST_CASE("options outside their range are errors that name the value") {
   CHECK(Cpu(CpuOptions{.threads = 0}).threads() == ThreadPool::available_cores());
 }
 
-TEST_CASE("BF16 products: only at the level that has them; by default where fast_bf16_dot says so") {
+TEST_CASE("BF16 products: only at the levels that have them; by default where fast_bf16_dot says so") {
   for (const IsaLevel level : all_levels) {
     const Cpu with(CpuOptions{.threads = 1, .max_isa = level, .bf16_dot = true}), without(CpuOptions{.threads = 1, .max_isa = level, .bf16_dot = false});
-    CHECK(with.kernels().bf16.bf16_activations == (with.isa() == IsaLevel::avx512_bf16));
+    CHECK(with.kernels().bf16.bf16_activations == (with.isa() >= IsaLevel::avx512_bf16));
     CHECK_FALSE(without.kernels().bf16.bf16_activations);
     CHECK_FALSE(with.kernels().f32.bf16_activations);
   }
   const Cpu cpu(CpuOptions{.threads = 1});
-  CHECK(cpu.kernels().bf16.bf16_activations == (cpu.isa() == IsaLevel::avx512_bf16 && detail::fast_bf16_dot()));
+  CHECK(cpu.kernels().bf16.bf16_activations == detail::fast_bf16_dot(cpu.isa()));
+  CHECK(detail::fast_bf16_dot(IsaLevel::amx));
+  CHECK_FALSE(detail::fast_bf16_dot(IsaLevel::avx512));
 }
 
 TEST_CASE("the kernel table has f32 and bf16 and no other format") {

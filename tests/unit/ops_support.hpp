@@ -28,7 +28,7 @@ inline constexpr double u16 = 0x1.0p-8;
 /// The levels that this machine (and M2LM_MAX_ISA, if it is set) allows.
 inline std::vector<IsaLevel> levels() {
   std::vector<IsaLevel> out;
-  for (const IsaLevel level : {IsaLevel::baseline, IsaLevel::avx2, IsaLevel::avx512, IsaLevel::avx512_bf16})
+  for (const IsaLevel level : {IsaLevel::baseline, IsaLevel::avx2, IsaLevel::avx512, IsaLevel::avx512_bf16, IsaLevel::amx})
     if (level <= default_isa()) out.push_back(level);
   return out;
 }
@@ -37,7 +37,7 @@ inline std::vector<IsaLevel> levels() {
 inline constexpr std::array<DType, 2> formats{DType::f32, DType::bf16};
 inline constexpr std::array<DType, 4> weight_formats{DType::f32, DType::bf16, DType::q8, DType::q4};
 
-/// A level, and which of its ways to multiply bf16 (they differ at avx512_bf16 only) and bytes (where the machine has VNNI).
+/// A level, and which of its ways to multiply bf16 (they differ at avx512_bf16 and amx) and bytes (where the machine has VNNI).
 struct Variant {
   IsaLevel level = IsaLevel::baseline;
   bool bf16_dot = false;
@@ -52,7 +52,8 @@ inline std::vector<Variant> variants(DType format) {
     out.push_back({level, false, !is_block_format(format)});
     if (is_block_format(format) && detail::has_int8_dot(level)) out.push_back({level, false, true});
   }
-  if (format == DType::bf16 && default_isa() == IsaLevel::avx512_bf16) out.push_back({IsaLevel::avx512_bf16, true});
+  for (const IsaLevel level : levels())
+    if (format == DType::bf16 && level >= IsaLevel::avx512_bf16) out.push_back({level, true});
   return out;
 }
 

@@ -20,7 +20,7 @@ namespace m2lm {
 struct CpuOptions {
   int threads = 0;                         ///< 0 = one per available core
   std::optional<IsaLevel> max_isa = {};    ///< never use more than this; default: default_isa()
-  /// bf16 weights: round activations to bf16 and use VDPBF16PS (at level avx512_bf16 only); default: on AMD.
+  /// bf16 weights: round activations to bf16 and multiply those, at levels avx512_bf16 (VDPBF16PS) and amx; default: at amx, and on AMD.
   std::optional<bool> bf16_dot = {};
   bool int8_dot = true;  ///< q8 and q4 weights: use VPDPBUSD where level and machine have it; no bit of a result depends on it
 };

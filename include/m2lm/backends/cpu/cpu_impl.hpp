@@ -13,7 +13,7 @@ M2LM_IMPL Cpu::Cpu(const CpuOptions& options) try {
   const IsaLevel allowed = default_isa();
   const IsaLevel level = options.max_isa && *options.max_isa < allowed ? *options.max_isa : allowed;
   state_ =
-      std::make_shared<State>(options.threads, &detail::kernel_table(level, options.bf16_dot.value_or(detail::fast_bf16_dot()), options.int8_dot));
+      std::make_shared<State>(options.threads, &detail::kernel_table(level, options.bf16_dot.value_or(detail::fast_bf16_dot(level)), options.int8_dot));
 } catch (const std::bad_alloc&) {
   detail::throw_out_of_memory("a backend");
 }

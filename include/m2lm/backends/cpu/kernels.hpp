@@ -181,15 +181,16 @@ struct KernelTable {
   }
 };
 
-/// The table of a level. requires a level that this machine has. `bf16_dot`: multiply bf16 by VDPBF16PS where the level has it;
+/// The table of a level. requires a level that this machine has. `bf16_dot`: multiply bf16 by bf16 (VDPBF16PS) where the level does;
 /// `int8_dot`: multiply bytes by VPDPBUSD where level and machine have it.
 const KernelTable& kernel_table(IsaLevel level, bool bf16_dot, bool int8_dot);
 
-/// Whether a level has VPDPBUSD on this machine: avx512_bf16 always, avx512 with AVX-512 VNNI, avx2 with AVX-VNNI.
+/// Whether a level has VPDPBUSD on this machine: avx512_bf16 and amx always, avx512 with AVX-512 VNNI, avx2 with AVX-VNNI.
 bool has_int8_dot(IsaLevel level);
 
-/// Whether to multiply bf16 by VDPBF16PS when nobody says: on AMD, where it is expected to do twice the products of f32 FMA (not
+/// Whether to multiply bf16 by bf16 when nobody says: at level amx, whose tiles do 14 times the products of f32 FMA on one core of the Xeon
+/// below; at avx512_bf16, by VDPBF16PS, on AMD, where it is expected to do twice the products of f32 FMA (not
 /// measured yet), and not elsewhere: on an Intel Xeon with AMX it did half (118 against 236 GFLOP/s of one core, bench/compare).
-bool fast_bf16_dot();
+bool fast_bf16_dot(IsaLevel level);
 
 }  // namespace m2lm::detail

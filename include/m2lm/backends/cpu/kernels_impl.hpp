@@ -5,11 +5,16 @@
 #include <m2lm/backends/cpu/kernels.hpp>
 #include <m2lm/core/threads.hpp>
 
+#include <array>
 #include <cstdlib>
 
 #if M2LM_X86_64
 #include <cpuid.h>
 #include <immintrin.h>
+#if defined(__linux__)
+#include <sys/syscall.h>
+#include <unistd.h>
+#endif
 #endif
 
 namespace m2lm::detail::cpu_baseline {
@@ -100,7 +105,10 @@ M2LM_REGION_END
 
 namespace m2lm {
 
-M2LM_IMPL IsaLevel detect_isa() {
+namespace detail {
+
+/// detect_isa() for all but tiles, which need more than the processor's word.
+inline IsaLevel detect_vectors() {
 #if M2LM_X86_64
   if (!__builtin_cpu_supports("avx2") || !__builtin_cpu_supports("fma")) return IsaLevel::baseline;
   if (!__builtin_cpu_supports("avx512f") || !__builtin_cpu_supports("avx512bw") || !__builtin_cpu_supports("avx512dq") ||
@@ -113,20 +121,47 @@ M2LM_IMPL IsaLevel detect_isa() {
 #endif
 }
 
+/// Asks Linux for the state of AMX's tiles (8 KB per thread), for all threads of the process, once. False where there is none or it is refused.
+inline bool request_tiles() {
+#if M2LM_X86_64 && defined(__linux__) && defined(SYS_arch_prctl)
+  constexpr unsigned amx_bf16 = 1U << 22U, amx_tile = 1U << 24U, amx_int8 = 1U << 25U, all = amx_bf16 | amx_tile | amx_int8;
+  unsigned a = 0, b = 0, c = 0, d = 0;
+  if (__get_cpuid_count(7, 0, &a, &b, &c, &d) == 0 || (d & all) != all) return false;
+  unsigned low = 0, high = 0;
+  asm volatile("xgetbv" : "=a"(low), "=d"(high) : "c"(0));
+  constexpr unsigned tile_states = 3U << 17U;  // XTILECFG and XTILEDATA of XCR0
+  if ((low & tile_states) != tile_states) return false;
+  constexpr long request_permission = 0x1023, tile_data = 18;  // ARCH_REQ_XCOMP_PERM of Linux 5.16
+  return syscall(SYS_arch_prctl, request_permission, tile_data) == 0;
+#else
+  return false;
+#endif
+}
+
+}  // namespace detail
+
+M2LM_IMPL IsaLevel detect_isa() {
+  const IsaLevel vectors = detail::detect_vectors();
+  if (vectors != IsaLevel::avx512_bf16) return vectors;
+  static const bool tiles = detail::request_tiles();
+  return tiles ? IsaLevel::amx : vectors;
+}
+
 M2LM_IMPL IsaLevel default_isa() {
-  const IsaLevel best = detect_isa();
   const char* cap = std::getenv("M2LM_MAX_ISA");
-  if (cap == nullptr || *cap == '\0') return best;
+  if (cap == nullptr || *cap == '\0' || isa_name(IsaLevel::amx) == cap) return detect_isa();
+  const IsaLevel best = detail::detect_vectors();
   for (const IsaLevel level : {IsaLevel::baseline, IsaLevel::avx2, IsaLevel::avx512, IsaLevel::avx512_bf16})
     if (isa_name(level) == cap) return level < best ? level : best;
-  throw OptionError(concat("m2lm: M2LM_MAX_ISA=", cap, " names no level; the levels are baseline, avx2, avx512, avx512_bf16"));
+  throw OptionError(concat("m2lm: M2LM_MAX_ISA=", cap, " names no level; the levels are baseline, avx2, avx512, avx512_bf16, amx"));
 }
 
 namespace detail {
 
-M2LM_IMPL bool fast_bf16_dot() {
+M2LM_IMPL bool fast_bf16_dot([[maybe_unused]] IsaLevel level) {
 #if M2LM_X86_64
-  return __builtin_cpu_supports("avx512bf16") && __builtin_cpu_is("amd");
+  if (level == IsaLevel::amx) return true;
+  return level == IsaLevel::avx512_bf16 && __builtin_cpu_supports("avx512bf16") && __builtin_cpu_is("amd");
 #else
   return false;
 #endif
@@ -153,14 +188,18 @@ M2LM_IMPL const KernelTable& kernel_table(IsaLevel level, [[maybe_unused]] bool 
   // Each table is made by code of its own level, so it is made only when that level is asked for.
   switch (level) {
 #if M2LM_X86_64
+    case IsaLevel::amx:
     case IsaLevel::avx512_bf16: {
-      const auto table = [](bool bf16, bool int8) {
-        const KernelTable plain = cpu_avx512_bf16::make_table(IsaLevel::avx512_bf16, bf16);
+      const auto table = [](IsaLevel of, bool bf16, bool int8) {
+        const KernelTable plain = cpu_avx512_bf16::make_table(of, bf16);
         return int8 ? with_blocks(plain, cpu_avx512::vnni::block_kernels<DType::q8>(), cpu_avx512::vnni::block_kernels<DType::q4>(), true)
                     : with_blocks(plain, cpu_avx512::shorts::block_kernels<DType::q8>(), cpu_avx512::shorts::block_kernels<DType::q4>(), false);
       };
-      static const KernelTable tables[2][2] = {{table(false, false), table(false, true)}, {table(true, false), table(true, true)}};
-      return tables[bf16_dot][int8_dot];
+      const auto all = [&table](IsaLevel of) {
+        return std::array{table(of, false, false), table(of, false, true), table(of, true, false), table(of, true, true)};
+      };
+      static const std::array<KernelTable, 4> vectors = all(IsaLevel::avx512_bf16), tiles = all(IsaLevel::amx);
+      return (level == IsaLevel::amx ? tiles : vectors)[(bf16_dot ? 2U : 0U) + (int8_dot ? 1U : 0U)];
     }
     case IsaLevel::avx512: {
       static const KernelTable shorts = with_blocks(cpu_avx512::make_table(level, false), cpu_avx512::shorts::block_kernels<DType::q8>(),
@@ -179,6 +218,7 @@ M2LM_IMPL const KernelTable& kernel_table(IsaLevel level, [[maybe_unused]] bool 
       return vnni;
     }
 #else
+    case IsaLevel::amx:
     case IsaLevel::avx512_bf16:
     case IsaLevel::avx512:
     case IsaLevel::avx2:
