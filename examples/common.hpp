@@ -49,11 +49,25 @@ inline void add_version(CLI::App& app) {
   app.set_version_flag("--version", m2lm::concat(app.get_name(), " ", M2LM_VERSION_MAJOR, ".", M2LM_VERSION_MINOR, ".", M2LM_VERSION_PATCH));
 }
 
+/// What --precision may say.
+inline constexpr m2lm::DType precisions[] = {m2lm::DType::f32, m2lm::DType::bf16, m2lm::DType::q8, m2lm::DType::q4};
+
+inline void add_precision(CLI::App& app, std::string& precision) {
+  std::vector<std::string> names;
+  for (const m2lm::DType format : precisions) names.emplace_back(m2lm::dtype_name(format));
+  app.add_option("--precision", precision, "Format of the packed weights")->check(CLI::IsMember(names))->capture_default_str();
+}
+
+/// requires a name that add_precision has accepted.
+inline m2lm::DType precision_of(std::string_view name) {
+  return *std::find_if(std::begin(precisions), std::end(precisions), [&](m2lm::DType format) { return m2lm::dtype_name(format) == name; });
+}
+
 inline void add_options(CLI::App& app, Options& o) {
   o.program = app.get_name();
   add_version(app);
   app.add_option("--model", o.model, "Directory of a Hugging Face checkpoint")->envname("M2LM_MODEL")->type_name("DIR");
-  app.add_option("--precision", o.precision, "Format of the packed weights")->check(CLI::IsMember({"f32", "bf16", "q8", "q4"}))->capture_default_str();
+  add_precision(app, o.precision);
   app.add_option("--template", o.template_name, "Chat template instead of the checkpoint's")->type_name("NAME");
   app.add_option("--threads", o.threads, "Threads to work with; 0 = one per core")->check(CLI::Range(0, 1024))->type_name("N");
   app.add_flag("--check", o.check, "Refuse a checkpoint with NaN or infinity among its weights, and name them");
@@ -224,9 +238,7 @@ struct Report {
 template <class M>
 M load_model(const Options& o, Report& report, typename M::Backend backend) {
   const Stopwatch watch;
-  m2lm::LoadOptions options{.template_name = o.template_name, .check = o.check};
-  for (const m2lm::DType format : {m2lm::DType::f32, m2lm::DType::bf16, m2lm::DType::q8, m2lm::DType::q4})
-    if (o.precision == m2lm::dtype_name(format)) options.precision = m2lm::Precision{.weights = format};
+  m2lm::LoadOptions options{.precision = m2lm::Precision{.weights = precision_of(o.precision)}, .template_name = o.template_name, .check = o.check};
   ProgressBar bar;
   options.progress = bar;
   M model = M::from_pretrained(o.model, std::move(backend), options);

@@ -100,6 +100,13 @@ inline void write_llama_keys(JsonWriter& json, const LlamaConfig& c) {
   json.end_object();
 }
 
+inline void write_clip_keys(JsonWriter& json, const ClipVisionConfig& c) {
+  json.member("model_type", "clip_vision_model").member("hidden_size", c.hidden_size).member("intermediate_size", c.intermediate_size);
+  json.member("num_hidden_layers", c.num_layers).member("num_attention_heads", c.num_heads).member("image_size", c.image_size);
+  json.member("patch_size", c.patch_size).member("projection_dim", c.projection_dim).member("layer_norm_eps", c.layer_norm_eps);
+  json.member("hidden_act", "quick_gelu");
+}
+
 }  // namespace detail
 
 /// Writes config.json and model.safetensors of a LlamaForCausalLM (with a sliding_window: MistralForCausalLM) into an existing
@@ -134,10 +141,22 @@ inline void write_synthetic_llava(std::string_view directory, const LlamaConfig&
   json.member("vision_feature_select_strategy", vision.features == VitFeatures::all_tokens ? "full" : "default");
   json.member("tie_word_embeddings", text.tie_word_embeddings).key("text_config").begin_object();
   detail::write_llama_keys(json, text);
-  json.end_object().key("vision_config").begin_object().member("model_type", "clip_vision_model").member("hidden_size", vision.hidden_size);
-  json.member("intermediate_size", vision.intermediate_size).member("num_hidden_layers", vision.num_layers);
-  json.member("num_attention_heads", vision.num_heads).member("image_size", vision.image_size).member("patch_size", vision.patch_size);
-  json.member("projection_dim", vision.projection_dim).member("layer_norm_eps", vision.layer_norm_eps).member("hidden_act", "quick_gelu").end_object();
+  json.end_object().key("vision_config").begin_object();
+  detail::write_clip_keys(json, vision);
+  json.end_object();
+  write_file(join_path(directory, "config.json"), json.end_object().text());
+}
+
+/// The same for a CLIPVisionModelWithProjection: all layers, the norm behind them and the projection.
+inline void write_synthetic_clip(std::string_view directory, const ClipVisionConfig& config = small_clip(), std::uint64_t seed = 1, DType dtype = DType::f32) {
+  Rng rng(seed);
+  std::vector<NamedTensor> tensors;
+  using Encoder = ClipVit<VitPolicy{.feature_layer = -1, .features = VitFeatures::projected}>;
+  detail::append_random(tensors, Encoder::On<detail::Unused, Precision{}>(config), "", rng, dtype);
+  write_safetensors(join_path(directory, "model.safetensors"), tensors);
+  JsonWriter json;
+  json.begin_object().key("architectures").begin_array().value("CLIPVisionModelWithProjection").end_array();
+  detail::write_clip_keys(json, config);
   write_file(join_path(directory, "config.json"), json.end_object().text());
 }
 
