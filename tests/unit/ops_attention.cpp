@@ -3,8 +3,10 @@
 // The bound on an output, with u = 2^-24, u' = 2^-8 where the kernels round q and p to bf16 and 0 elsewhere, head_dim d, K keys.
 // k and v are rounded to the cache's format before both computations, so they are exact in both.
 //   s_j = scale·q·k_j   |δs_j| ≤ ((2d + 4)·u + u')·scale·Σ|q|·|k_j| =: at most E over the keys that the query sees
-//   p_j = exp(s_j - m)  relative: e^(δs_j) from the argument, |s_j - m|·u ≤ 2·max|s|·u from the subtraction, 4u from exp, and per
-//                       block of 128 keys 3 roundings of the running rescaling: P = E + (2·max|s| + 4 + 3·blocks)·u
+//   p_j = exp(s_j - m)  relative: e^(δs_j) from the argument, |s_j - m|·u ≤ 2·max|s|·u from the subtraction (the kernels subtract
+//                       log2(e)·s in base 2, whose effect on p is the same), w from exp: 4u, and where p is rounded to bf16 the 2^-18.4 of
+//                       the shorter polynomial, at most 56u; per segment of 512 keys 3 roundings of the merge and two more factors that
+//                       are powers: P = E + (2·max|s|·u + w + (3u + 2w)·segments)
 //   y = Σ p·v / Σ p     numerator and denominator each carry e^P, K additions, p its u':
 //                       |δy| ≤ (e^(2P)·(1 + (3K + 8)·u + u') - 1)·Y, Y = Σ p·|v| / Σ p, which the oracle gives for |v|
 // and 2^-100 for keys whose probability underflows.
@@ -78,10 +80,11 @@ Expected expected(const Problem& p, const Data& data) {
         largest_sum = std::max(largest_sum, std::abs(p.scale) * sum);
         largest_score = std::max(largest_score, std::abs(p.scale * score));
       }
-      const double blocks = static_cast<double>(p.keys) / 128 + 1;
+      const double segments = static_cast<double>(p.keys) / static_cast<double>(detail::key_segment) + 1;
       const auto relative = [&](double rounding) {
         const double scores = ((2 * static_cast<double>(d) + 4) * u32 + rounding) * largest_sum;
-        const double each = scores + (2 * largest_score + 4 + 3 * blocks) * u32;
+        const double power = rounding > 0 ? 56 * u32 : 4 * u32;
+        const double each = scores + 2 * largest_score * u32 + power + (3 * u32 + 2 * power) * segments;
         return std::exp(2 * each) * (1 + (3 * static_cast<double>(p.keys) + 8) * u32 + rounding) - 1;
       };
       for (std::int64_t c = 0; c < d; ++c) {
@@ -130,11 +133,11 @@ Problem random_problem(Random& random) {
   const std::int64_t kind = random.integer(0, 2);  // all heads apart, grouped, one key/value head
   p.kv_heads = kind == 2 ? 1 : random.integer(1, 3);
   p.group = kind == 0 ? 1 : random.integer(2, 5);
-  p.keys = random.size(300);
+  p.keys = random.size(300) + detail::key_segment * (random.coin() ? 0 : random.integer(0, 2));
   p.tokens = std::min(p.keys, random.size(65));
   const std::int64_t mask = random.integer(0, 2);
   p.mask.causal = mask >= 1;
-  if (mask == 2) p.mask.window = random.size(200);
+  if (mask == 2) p.mask.window = random.size(200) + (random.coin() ? 0 : detail::key_segment);
   // Causal queries may end anywhere; keys behind them are hidden.
   p.first = p.mask.causal ? random.integer(0, p.keys - p.tokens) : 0;
   p.capacity = p.keys + random.integer(0, 40);
@@ -231,6 +234,52 @@ TEST_CASE("attention: copied keys and values are the same, whatever the capaciti
   CHECK_THROWS_AS(ops::copy_key_values(cpu.ctx, small.kv, 1, other.kv), ShapeError);
 }
 
+TEST_CASE("attention: powers are as exact as their polynomials") {
+  // Key 0 has the largest score, 0, and the value 1, key 1 the score t and the value 0: y = 1/(1 + e^t), whatever p is rounded to for the
+  // values. bf16 holds t and 1 exactly. δt ≤ 3u·|t|; then e^t counts with its share of 1 + e^t, and there are 3 more roundings.
+  for (const DType format : formats)
+    for (const Variant& variant : variants(format)) {
+      Runner<Cpu> cpu(Cpu(variant.options(1)));
+      const double power = rounds_activations(cpu.backend, format) ? 56 * u32 : 4 * u32;
+      Tensor<float> k(Shape{2, 1}), v(Shape{2, 1}), q(Shape{1, 1}), y(Shape{1, 1});
+      q.data()[0] = 1;
+      v.data()[0] = 1;
+      Worst worst;
+      for (std::int64_t i = 0; i < 2000; ++i) {
+        k.data()[1] = rounded(-0.011F * static_cast<float>(i), DType::bf16);
+        Cache<Cpu> cache(cpu.ctx, format, 1, 1, 2);
+        ops::append_key_values(cpu.ctx, matrix(k), matrix(v), 0, cache.kv);
+        ops::attention(cpu.ctx, matrix(q), cache.kv, 2, 0, {}, 1.0, y.view<2>());
+        const double t = static_cast<double>(k.data()[1]), e = std::exp(t), expected = 1 / (1 + e);
+        // q·log2(e) is rounded with the other activations: then a difference of scores is only known to u16.
+        const double argument = (rounds_activations(cpu.backend, format) ? u16 + 3 * u32 : 3 * u32) * -t;
+        worst.add(static_cast<double>(y.data()[0]), expected, expected * (e * (std::exp(argument + power) - 1) + 3 * u32), i, 0);
+      }
+      CHECK_MESSAGE(worst.passed(), label(variant, format), " at ", worst.where());
+    }
+}
+
+TEST_CASE("attention: what no query of a tile sees is not read") {
+  // NaN in whole panels before the window and behind the last query.
+  const Problem p{.tokens = 40, .kv_heads = 2, .group = 3, .head_dim = 24, .keys = 1300, .first = 1100, .capacity = 1300, .mask = {.causal = true, .window = 100}, .scale = 0.2};
+  Random random(407);
+  for (const DType format : formats) {
+    const Data data(p, format, random);
+    Tensor<float> k = data.k.clone(), v = data.v.clone();
+    for (std::int64_t j = 0; j < p.keys; ++j)
+      if (j < 992 || j >= 1152)
+        for (std::int64_t c = 0; c < 48; ++c) k.data()[j * 48 + c] = v.data()[j * 48 + c] = std::numeric_limits<float>::quiet_NaN();
+    for (const Variant& variant : variants(format))
+      for (const int threads : {1, 2}) {
+        Runner<Cpu> cpu(Cpu(variant.options(threads)));
+        Tensor<float> y(data.q.shape()), z(data.q.shape());
+        attend(cpu, p, format, matrix(data.q), matrix(data.k), matrix(data.v), y.view<2>());
+        attend(cpu, p, format, matrix(data.q), matrix(k), matrix(v), z.view<2>());
+        CHECK_MESSAGE(same_bits(matrix(y), matrix(z)), label(variant, format), ", ", threads, " threads");
+      }
+  }
+}
+
 TEST_CASE("attention: scores far apart keep the softmax exact") {
   // One key wins by 200: the others' exp underflows to zero and nothing overflows; negative scores work the same way.
   for (const float sign : {1.0F, -1.0F})
@@ -255,6 +304,8 @@ TEST_CASE("attention: the bits do not depend on chunks, on keys behind, on stale
   for (int trial = 0; trial < 24; ++trial) {
     Problem p = random_problem(random);
     if (trial == 0) p = {.tokens = 300, .kv_heads = 2, .group = 3, .head_dim = 20, .keys = 300, .first = 0, .capacity = 300, .mask = {.causal = true, .window = 0}, .scale = 0.2};
+    if (trial == 2) p = {.tokens = 5, .kv_heads = 1, .group = 8, .head_dim = 64, .keys = 1700, .first = 1695, .capacity = 2100, .mask = {.causal = true, .window = 0}, .scale = 0.2};
+    if (trial == 3) p = {.tokens = 3, .kv_heads = 3, .group = 2, .head_dim = 40, .keys = 1600, .first = 1597, .capacity = 1600, .mask = {.causal = true, .window = 900}, .scale = 0.2, .sinks = {.zero_logit = true}};
     if (trial == 1) p = {.tokens = 300, .kv_heads = 1, .group = 1, .head_dim = 64, .keys = 300, .first = 0, .capacity = 300, .mask = {.causal = true, .window = 77}, .scale = 0.2};
     for (const DType format : formats) {
       Random data_random(5000 + static_cast<std::uint64_t>(trial));

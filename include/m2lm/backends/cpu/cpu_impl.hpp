@@ -228,20 +228,29 @@ M2LM_IMPL void cpu_copy_key_values(const KeyValues& from, std::int64_t count, co
 
 M2LM_IMPL void cpu_attention(const Cpu& cpu, Arena& arena, Matrix<const float> q, const KeyValues& kv, std::int64_t keys, std::int64_t first,
                              AttentionMask mask, double scale, Matrix<float> y, Sinks sinks) {
-  const FormatKernels& kernels = cpu_format(cpu, kv.format);
+  const AttentionKernels& kernels = cpu_format(cpu, kv.format).attention;
   const Arena::Scope scope(arena);
-  const int parts = cpu.threads();
-  const AttentionJob job{.q = q.data(), .ldq = q.stride(0), .keys_data = kv.keys, .values_data = kv.values, .tokens = q.extent(0),
-                         .heads = q.extent(1) / kv.head_dim, .kv_heads = kv.kv_heads, .head_dim = kv.head_dim, .capacity = kv.capacity,
-                         .keys = keys, .first = first, .mask = mask, .sinks = sinks, .scale = static_cast<float>(scale), .y = y.data(), .ldy = y.stride(0)};
-  const std::size_t scratch_bytes = kernels.attention_scratch(kv.head_dim);
-  std::byte* scratch = arena.take<std::byte>(static_cast<std::int64_t>(scratch_bytes) * parts);
-  constexpr std::int64_t worth_a_barrier = 1 << 17;
-  if (q.elements() * keys < worth_a_barrier) {
-    kernels.attention(job, 0, 1, scratch);
-    return;
+  AttentionJob job{.q = q.data(), .ldq = q.stride(0), .keys_data = kv.keys, .values_data = kv.values, .tokens = q.extent(0),
+                   .heads = q.extent(1) / kv.head_dim, .kv_heads = kv.kv_heads, .head_dim = kv.head_dim, .capacity = kv.capacity,
+                   .keys = keys, .first = first, .mask = mask, .sinks = sinks, .scale = scale, .y = y.data(), .ldy = y.stride(0)};
+  constexpr std::int64_t worth_a_barrier = 1 << 17, tiles_per_thread = 4;
+  const int parts = q.elements() * keys < worth_a_barrier ? 1 : cpu.threads();
+  const std::int64_t tiles = kv.kv_heads * ((job.tokens * (job.heads / kv.kv_heads) + kernels.rows - 1) / kernels.rows);
+  const bool share_keys = parts > 1 && tiles < parts * tiles_per_thread && keys > key_segment;
+  const std::int64_t counters = parts * next_stride + (share_keys ? tiles : 0);
+  job.next = arena.take<std::int32_t>(counters);
+  std::memset(job.next, 0, static_cast<std::size_t>(counters) * sizeof(std::int32_t));
+  if (share_keys) {
+    job.segments_done = job.next + parts * next_stride;
+    job.segments = round_up(kv.capacity, key_segment) / key_segment;  // of the capacity, so that the arena does not grow with the keys
+    job.partials = arena.take<float>(tiles * job.segments * kernels.partial_floats(kv.head_dim));
   }
-  cpu.pool().run([&](int part) { kernels.attention(job, part, parts, scratch + static_cast<std::size_t>(part) * scratch_bytes); });
+  const std::size_t scratch_bytes = kernels.scratch(kv.head_dim);
+  std::byte* scratch = arena.take<std::byte>(static_cast<std::int64_t>(scratch_bytes) * parts);
+  if (parts == 1)
+    kernels.run(job, 0, 1, scratch);
+  else
+    cpu.pool().run([&](int part) { kernels.run(job, part, parts, scratch + static_cast<std::size_t>(part) * scratch_bytes); });
 }
 
 M2LM_IMPL void cpu_patchify(View<const float, 3> pixels, std::int64_t patch, Matrix<float> y) {

@@ -16,8 +16,8 @@ namespace m2lm::detail {
 /// Keys are packed the same way (outputs = keys, inputs = head_dim), values too (outputs = head_dim, inputs = keys), so that
 /// one tile kernel serves linear layers and both products of attention. The layout is the same at every level.
 inline constexpr std::int64_t panel_width = 32;
-/// Keys per block of attention: the order of every sum over keys is fixed by it.
-inline constexpr std::int64_t key_block = 128;
+/// Keys per segment of attention: the order of every sum over keys is fixed by it, and threads share out the keys of few rows by it.
+inline constexpr std::int64_t key_segment = 512;
 
 constexpr std::int64_t round_up(std::int64_t n, std::int64_t to) { return (n + to - 1) / to * to; }
 
@@ -104,10 +104,19 @@ struct AttentionJob {
   std::int64_t tokens = 0, heads = 0, kv_heads = 0, head_dim = 0, capacity = 0, keys = 0, first = 0;
   AttentionMask mask{};
   Sinks sinks{};
-  float scale = 1;
+  double scale = 1;
   float* y = nullptr;
   std::int64_t ldy = 0;
+  /// Shared by the threads, zero at the start: per thread, next_stride apart, how many of its tasks are taken.
+  std::int32_t* next = nullptr;
+  /// Where there are too few tiles of rows for the threads, they share the keys too, in `segments`: what each made of a tile, [kv_heads ·
+  /// tiles][segments], and how many of a tile are done, zero at the start. Else null.
+  float* partials = nullptr;
+  std::int32_t* segments_done = nullptr;
+  std::int64_t segments = 0;
 };
+/// A cache line.
+inline constexpr std::int64_t next_stride = 16;
 
 /// The gradient of attention over one whole sequence: query t and key t stand at position t.
 struct AttentionBackwardJob {
@@ -147,6 +156,13 @@ struct TrainingKernels {
   void (*scaled_softmax)(const float* logits, std::int64_t n, float largest, float scale, float* d) = nullptr;
 };
 
+struct AttentionKernels {
+  std::int64_t rows = 0;  ///< (token, head of a group) pairs per tile
+  void (*run)(const AttentionJob&, int part, int parts, std::byte* scratch) = nullptr;
+  std::size_t (*scratch)(std::int64_t head_dim) = nullptr;
+  std::int64_t (*partial_floats)(std::int64_t head_dim) = nullptr;  ///< of one segment and tile
+};
+
 /// What a level does with one weight format.
 struct FormatKernels {
   bool bf16_activations = false;  ///< x is rounded to bf16, and so are q and the probabilities of attention
@@ -157,8 +173,7 @@ struct FormatKernels {
   std::int64_t row_group = 0;  ///< of QuantisedRows, where there are so many rows
   void (*gemm)(const GemmJob&, int part, int parts, std::byte* scratch) = nullptr;
   std::size_t (*gemm_scratch)(std::int64_t m) = nullptr;
-  void (*attention)(const AttentionJob&, int part, int parts, std::byte* scratch) = nullptr;
-  std::size_t (*attention_scratch)(std::int64_t head_dim) = nullptr;
+  AttentionKernels attention{};
 };
 
 struct KernelTable {

@@ -99,6 +99,11 @@ namespace m2lm::detail::cpu_avx512_bf16 {
 #include <m2lm/backends/cpu/kernels/training.inc.hpp>
 }  // namespace m2lm::detail::cpu_avx512_bf16
 M2LM_REGION_END
+M2LM_REGION_BEGIN("avx2,fma,f16c,avx512f,avx512bw,avx512dq,avx512vl,avx512bf16,avx512vnni,amx-tile,amx-bf16")
+namespace m2lm::detail::cpu_avx512_bf16 {
+#include <m2lm/backends/cpu/kernels/attention_amx.inc.hpp>
+}  // namespace m2lm::detail::cpu_avx512_bf16
+M2LM_REGION_END
 #endif
 
 #undef M2LM_CPU_NATIVE_BF16
@@ -191,7 +196,8 @@ M2LM_IMPL const KernelTable& kernel_table(IsaLevel level, [[maybe_unused]] bool 
     case IsaLevel::amx:
     case IsaLevel::avx512_bf16: {
       const auto table = [](IsaLevel of, bool bf16, bool int8) {
-        const KernelTable plain = cpu_avx512_bf16::make_table(of, bf16);
+        KernelTable plain = cpu_avx512_bf16::make_table(of, bf16);
+        if (of == IsaLevel::amx && bf16) plain.bf16.attention = cpu_avx512_bf16::attention_kernels<cpu_avx512_bf16::AmxProducts>();
         return int8 ? with_blocks(plain, cpu_avx512::vnni::block_kernels<DType::q8>(), cpu_avx512::vnni::block_kernels<DType::q4>(), true)
                     : with_blocks(plain, cpu_avx512::shorts::block_kernels<DType::q8>(), cpu_avx512::shorts::block_kernels<DType::q4>(), false);
       };

@@ -1,104 +1,279 @@
-// Attention over packed keys and values, on the tiles of kernels.inc.hpp. Included once per level, inside its namespace and target
-// region, after kernels.inc.hpp: no includes, no static locals here.
+// Attention over packed keys and values: the driver, its softmax, and its products on the tiles of kernels.inc.hpp. Included once per
+// level, inside its namespace and target region, after kernels.inc.hpp: no includes, no static locals here.
 
-// Rows that share one pass over the keys: enough to use a widened block of narrow keys several times.
-inline constexpr std::int64_t query_rows = 48;
+// Keys are cut at multiples of key_segment, counted from key 0. In a segment a row's scores, their largest, the powers and the sums come
+// from the keys that the row sees and no others, in the keys' order; then segments are merged in their order. So a row's bits do not
+// depend on the rows that share its tile, on threads, or on whether one thread walked the segments or several shared them out.
 
-template <class Tile>
-std::size_t attention_scratch(std::int64_t head_dim) {
-  const std::int64_t dk = round_up(head_dim, Tile::k_step), dv = round_up(head_dim, panel_width);
-  const std::int64_t wide = Tile::widens ? panel_width * (dk > key_block ? dk : key_block) : 0;
-  const std::int64_t bytes = query_rows * (round_up(dk, 32) + key_block) * static_cast<std::int64_t>(sizeof(typename Tile::X)) +
-                             (query_rows * (key_block + dv + 2) + round_up(dk, 16) + wide) * static_cast<std::int64_t>(sizeof(float));
-  return static_cast<std::size_t>(round_up(bytes, 64));
+// 2^t for t <= 0, and 0 below 2^-126: 2^floor(t) · p(t - floor(t)), p(0) = 1 exactly. p is the polynomial with that constraint and the
+// least relative error on [0, 1): 2^-18.4 with `rough`, for results that are rounded to bf16 or that weigh such, else 2^-28.8.
+template <bool rough>
+[[gnu::always_inline]] inline Vec exp2(Vec exponent) {
+  const Vec t = bounded(exponent);
+  const Vec r = fraction(t);
+  Vec p;
+  if constexpr (rough) {
+    p = fma(set(0.0134266838F), r, set(0.0522424728F));
+    p = fma(p, r, set(0.241280198F));
+    p = fma(p, r, set(0.693044841F));
+  } else {
+    p = fma(set(0.000216129149F), r, set(0.0012467847F));
+    p = fma(p, r, set(0.00967545155F));
+    p = fma(p, r, set(0.0554852821F));
+    p = fma(p, r, set(0.240229309F));
+    p = fma(p, r, set(0.693147063F));
+  }
+  return scale_by_floor(fma(p, r, set(1.0F)), t);
 }
 
-// One online-softmax step of one row over a block of keys. `s` holds the scores; keys outside [begin, end) are masked. Writes
-// the probabilities over all `keys` of the block (0 where masked) to p, rescales the output row.
-inline void softmax_step(float* s, std::int64_t begin, std::int64_t end, std::int64_t keys, float& largest, float& sum, float* output, std::int64_t dv) {
-  if (begin >= end) {
-    for (std::int64_t j = 0; j < keys; j += width) store(s + j, set(0.0F));
-    return;
-  }
+// Scores lie in rows a cache line further apart than a power of two, or they would share the sets of the cache. The probabilities
+// take their place, in the first half of a row if they are bf16.
+inline constexpr std::int64_t score_stride = key_segment + 16;
+
+// The probabilities of one row, not divided by their sum: 2^(s - largest) of the scores [low, high), 0 elsewhere among the `keys`, which
+// are whole panels. A row that sees none has the sum 0.
+template <class Products>
+inline void softmax_row(float* s, std::int64_t low, std::int64_t high, std::int64_t keys, float& largest, float& sum) {
+  using X = typename Products::X;
+  X* p = reinterpret_cast<X*>(s);
+  const std::int64_t begin = low < high ? low / panel_width * panel_width : keys, end = low < high ? round_up(high, panel_width) : keys;
   constexpr float hidden = -__builtin_inff();
-  for (std::int64_t j = 0; j < begin; ++j) s[j] = hidden;
-  for (std::int64_t j = end; j < keys; ++j) s[j] = hidden;
-  Vec m = load(s);
-  for (std::int64_t j = width; j < keys; j += width) m = max(m, load(s + j));
-  const float block_largest = reduce_max(m);
-  const float now_largest = block_largest > largest ? block_largest : largest;
-  if (now_largest > largest && sum > 0.0F) {
-    float factor[width];
-    store(factor, exp(set(largest - now_largest)));
-    sum *= factor[0];
-    if (!M2LM_FAULT(17))
-      for (std::int64_t j = 0; j < dv; j += width) store(output + j, load(output + j) * set(factor[0]));
+  largest = hidden;
+  sum = 0.0F;
+  if (begin < end) {
+    for (std::int64_t j = begin; j < low; ++j) s[j] = hidden;
+    for (std::int64_t j = high; j < end; ++j) s[j] = hidden;
+    Vec m[2] = {load(s + begin), load(s + begin + width)};
+    for (std::int64_t j = begin; j < end; j += panel_width)
+      M2LM_UNROLL
+      for (int v = 0; v < vectors_per_panel; ++v) m[v % 2] = max(m[v % 2], load(s + j + v * width));
+    largest = reduce_max(max(m[0], m[1]));
+    const Vec shift = set(largest);
+    Vec total[2] = {set(0.0F), set(0.0F)};
+    for (std::int64_t j = begin; j < end; j += panel_width) {
+      Vec powers[vectors_per_panel];
+      M2LM_UNROLL
+      for (int v = 0; v < vectors_per_panel; ++v) {
+        powers[v] = exp2<Products::rounds>(load(s + j + v * width) - shift);
+        total[v % 2] = total[v % 2] + powers[v];
+      }
+      if constexpr (Products::rounds) {
+#if M2LM_CPU_NATIVE_BF16
+        store_bf16_pair(powers[0], powers[1], p + j);
+#endif
+      } else {
+        M2LM_UNROLL
+        for (int v = 0; v < vectors_per_panel; ++v) store(s + j + v * width, powers[v]);
+      }
+    }
+    sum = reduce_add(total[0] + total[1]);
   }
-  largest = now_largest;
-  Vec total = set(0.0F);
-  for (std::int64_t j = 0; j < keys; j += width) {
-    const Vec p = exp(load(s + j) - set(largest));
-    store(s + j, p);
-    total = total + p;
-  }
-  sum += reduce_add(total);
+  __builtin_memset(static_cast<void*>(p), 0, static_cast<std::size_t>(begin) * sizeof(X));
+  __builtin_memset(static_cast<void*>(p + end), 0, static_cast<std::size_t>(keys - end) * sizeof(X));
 }
 
-// Work is split by kv head and by tiles of rows; a row is a (token, head of the group) pair, so the heads of a GQA group share
-// one pass over the keys.
+// Both products of attention on the tiles of linear layers.
 template <class Tile>
-void attention(const AttentionJob& job, int part, int parts, std::byte* scratch) {
+struct TileProducts {
   using X = typename Tile::X;
   using W = typename Tile::W;
-  const std::int64_t d = job.head_dim, dk = round_up(d, Tile::k_step), dv = round_up(d, panel_width), ldq = round_up(dk, 32);
-  X* q = reinterpret_cast<X*>(scratch);
-  X* p = q + query_rows * ldq;  // the probabilities, as the tile reads them: in place of the scores if that is f32
-  float* scores = reinterpret_cast<float*>(Tile::bf16_activations ? p + query_rows * key_block : p);
-  float* output = scores + query_rows * key_block;
-  float* largest = output + query_rows * dv;
-  float* sum = largest + query_rows;
-  float* row_buffer = sum + query_rows;  // one row of scaled q
-  float* wide = row_buffer + round_up(dk, 16);
-  const std::int64_t group = job.heads / job.kv_heads, rows = job.tokens * group, tiles = (rows + query_rows - 1) / query_rows;
-  const bool causal = job.mask.causal || job.mask.window > 0;
+  static constexpr bool rounds = Tile::bf16_activations;
+  static constexpr std::int64_t k_step = Tile::k_step;
+  static constexpr std::int64_t rows = 48;  // that share one pass over the keys: enough to use a widened panel several times
+  static void convert(const float* x, std::int64_t n, X* out) { Tile::convert(x, n, out); }
+  static constexpr std::int64_t wide_floats(std::int64_t dk) { return Tile::widens ? panel_width * (dk > key_segment ? dk : key_segment) : 0; }
 
-  for (std::int64_t task = part; task < job.kv_heads * tiles; task += parts) {  // in turns: causal tiles grow
-    const std::int64_t kv_head = task / tiles, row0 = task % tiles * query_rows;
-    const std::int64_t count = rows - row0 < query_rows ? rows - row0 : query_rows;
-    const W* keys = reinterpret_cast<const W*>(job.keys_data) + kv_head * job.capacity * dk;
-    const W* values = reinterpret_cast<const W*>(job.values_data) + kv_head * job.capacity * dv;
-    for (std::int64_t r = 0; r < count; ++r) {
-      const std::int64_t head = M2LM_FAULT(18) ? ((row0 + r) % group) * job.kv_heads + kv_head : kv_head * group + (row0 + r) % group;
-      const float* source = job.q + (row0 + r) / group * job.ldq + head * d;
-      for (std::int64_t c = 0; c < d; ++c) row_buffer[c] = source[c] * job.scale;
-      for (std::int64_t c = d; c < dk; ++c) row_buffer[c] = 0.0F;
-      Tile::convert(row_buffer, dk, q + r * ldq);
-      largest[r] = job.sinks.zero_logit ? 0.0F : -__builtin_inff();  // the sink is as a key that has been seen already
-      sum[r] = job.sinks.zero_logit ? 1.0F : 0.0F;
-      for (std::int64_t c = 0; c < dv; ++c) output[r * dv + c] = 0.0F;
-    }
-    const std::int64_t first_position = job.first + row0 / group, last_position = job.first + (row0 + count - 1) / group;
-    const std::int64_t end_key = causal ? (last_position + 1 < job.keys ? last_position + 1 : job.keys) : job.keys;
-    const std::int64_t begin_key = job.mask.window > 0 && first_position - job.mask.window + 1 > 0 ? first_position - job.mask.window + 1 : 0;
-    for (std::int64_t block = begin_key / key_block * key_block; block < end_key; block += key_block) {
-      const std::int64_t here = end_key - block < key_block ? round_up(end_key - block, panel_width) : key_block;
-      for (std::int64_t j = 0; j < here; j += panel_width)
-        run_rows_widened<Tile>(count, q, ldq, keys + (block + j) * dk, dk, scores + j, key_block, false, wide);
-      for (std::int64_t r = 0; r < count; ++r) {
-        const std::int64_t position = job.first + (row0 + r) / group + (M2LM_FAULT(19) ? 1 : 0);
-        const std::int64_t low = job.mask.window > 0 ? position - job.mask.window + 1 - block : 0;
-        const std::int64_t high = (causal && position + 1 < job.keys ? position + 1 : job.keys) - block;
-        softmax_step(scores + r * key_block, low > 0 ? low : 0, high < here ? high : here, here, largest[r], sum[r], output + r * dv, dv);
-        if constexpr (Tile::bf16_activations) Tile::convert(scores + r * key_block, here, p + r * key_block);
-      }
-      for (std::int64_t c = 0; c < dv; c += panel_width)
-        run_rows_widened<Tile>(count, p, key_block, values + c * job.capacity + block * panel_width, here, output + c, dv, true, wide);
-    }
-    for (std::int64_t r = 0; r < count; ++r) {
-      const std::int64_t head = kv_head * group + (row0 + r) % group;
-      float* y = job.y + (row0 + r) / group * job.ldy + head * d;
-      const float inverse = 1.0F / sum[r];
-      for (std::int64_t c = 0; c < d; ++c) y[c] = output[r * dv + c] * inverse;
+  // s[count][score_stride] = q[count][ldq] · keys.
+  void scores(std::int64_t count, const X* q, std::int64_t ldq, const W* keys, std::int64_t dk, std::int64_t n, float* s, float* wide) const {
+    for (std::int64_t j = 0; j < n; j += panel_width) run_rows_widened<Tile>(count, q, ldq, keys + j * dk, dk, s + j, score_stride, false, wide);
+  }
+  // y[count][dv] = the probabilities in the rows of s · values, whose panels are `stride` apart.
+  void weigh(std::int64_t count, const float* s, const W* values, std::int64_t stride, std::int64_t n, float* y, std::int64_t dv, float* wide) const {
+    constexpr std::int64_t ldp = score_stride * static_cast<std::int64_t>(sizeof(float) / sizeof(X));
+    const X* p = reinterpret_cast<const X*>(s);
+    for (std::int64_t c = 0; c < dv; c += panel_width) run_rows_widened<Tile>(count, p, ldp, values + c / panel_width * stride, n, y + c, dv, false, wide);
+  }
+};
+
+// What some of the keys make of a tile of rows: y = Σ 2^(s - largest) · v, and Σ 2^(s - largest); the sum 0 says that a row saw none.
+struct PartialAttention {
+  float* y = nullptr;
+  float* largest = nullptr;
+  float* sum = nullptr;
+  PartialAttention(float* p, std::int64_t rows, std::int64_t dv) : y(p), largest(p + rows * dv), sum(largest + rows) {}
+  static constexpr std::int64_t floats(std::int64_t rows, std::int64_t dv) { return rows * (dv + 2); }
+};
+
+// One tile of rows of one kv head at a time. A row is a (token, head of the group) pair, so the heads of a GQA group share one pass over
+// the keys.
+template <class Products>
+class AttentionTile {
+  using X = typename Products::X;
+  using W = typename Products::W;
+  static constexpr std::int64_t rows = Products::rows;
+
+  const AttentionJob& job_;
+  const Products products_{};
+  const std::int64_t dk_, dv_, ldq_, group_;
+  const bool causal_;
+  X* const q_;
+  float* const scores_;
+  float* const wide_;
+  float* const row_;  // one row of scaled q
+  const PartialAttention part_, whole_;
+  std::int64_t kv_head_ = 0, row0_ = 0, count_ = 0, begin_key_ = 0, end_key_ = 0;
+
+  static std::int64_t width_of_q(std::int64_t dk) { return round_up(dk, panel_width); }
+  static std::int64_t q_floats(std::int64_t dk) { return rows * width_of_q(dk) * static_cast<std::int64_t>(sizeof(X)) / static_cast<std::int64_t>(sizeof(float)); }
+
+ public:
+  AttentionTile(const AttentionJob& job, float* scratch)
+      : job_(job),
+        dk_(round_up(job.head_dim, Products::k_step)),
+        dv_(round_up(job.head_dim, panel_width)),
+        ldq_(width_of_q(dk_)),
+        group_(job.heads / job.kv_heads),
+        causal_(job.mask.causal || job.mask.window > 0),
+        q_(reinterpret_cast<X*>(scratch)),
+        scores_(scratch + q_floats(dk_)),
+        wide_(scores_ + rows * score_stride),
+        row_(wide_ + Products::wide_floats(dk_)),
+        part_(row_ + ldq_, rows, dv_),
+        whole_(row_ + ldq_ + PartialAttention::floats(rows, dv_), rows, dv_) {}
+  static std::int64_t scratch_floats(std::int64_t head_dim) {
+    const std::int64_t dk = round_up(head_dim, Products::k_step), dv = round_up(head_dim, panel_width);
+    return q_floats(dk) + rows * score_stride + Products::wide_floats(dk) + width_of_q(dk) + 2 * PartialAttention::floats(rows, dv);
+  }
+
+  static std::int64_t tiles_per_head(const AttentionJob& job) { return (job.tokens * (job.heads / job.kv_heads) + rows - 1) / rows; }
+
+  void choose(std::int64_t tile) {
+    const std::int64_t tiles = tiles_per_head(job_), all = job_.tokens * group_;
+    kv_head_ = tile / tiles;
+    row0_ = tile % tiles * rows;
+    count_ = all - row0_ < rows ? all - row0_ : rows;
+    const std::int64_t first = job_.first + row0_ / group_, last = job_.first + (row0_ + count_ - 1) / group_;
+    begin_key_ = job_.mask.window > 0 && first - job_.mask.window + 1 > 0 ? first - job_.mask.window + 1 : 0;
+    end_key_ = causal_ && last + 1 < job_.keys ? last + 1 : job_.keys;
+  }
+  std::int64_t first_segment() const { return begin_key_ / key_segment; }
+  std::int64_t end_segment() const { return (end_key_ + key_segment - 1) / key_segment; }
+
+  // q, scaled so that powers of 2 take the place of those of e, which costs no multiplication later.
+  void load_queries() const {
+    const float scale = static_cast<float>(job_.scale * 1.4426950408889634);
+    for (std::int64_t r = 0; r < count_; ++r) {
+      const std::int64_t row = row0_ + r, head = M2LM_FAULT(18) ? row % group_ * job_.kv_heads + kv_head_ : kv_head_ * group_ + row % group_;
+      const float* source = job_.q + row / group_ * job_.ldq + head * job_.head_dim;
+      for (std::int64_t c = 0; c < job_.head_dim; ++c) row_[c] = source[c] * scale;
+      for (std::int64_t c = job_.head_dim; c < ldq_; ++c) row_[c] = 0.0F;
+      Products::convert(row_, ldq_, q_ + r * ldq_);
     }
   }
+
+  void attend(std::int64_t segment, const PartialAttention& to) const {
+    const std::int64_t start = segment * key_segment, stop = start + key_segment < end_key_ ? start + key_segment : end_key_;
+    const std::int64_t begin = (start > begin_key_ ? start : begin_key_) / panel_width * panel_width, n = round_up(stop - begin, panel_width);
+    const W* keys = reinterpret_cast<const W*>(job_.keys_data) + (kv_head_ * job_.capacity + begin) * dk_;
+    const W* values = reinterpret_cast<const W*>(job_.values_data) + kv_head_ * job_.capacity * dv_ + begin * panel_width;
+    products_.scores(count_, q_, ldq_, keys, dk_, n, scores_, wide_);
+    for (std::int64_t r = 0; r < count_; ++r) {
+      const std::int64_t position = job_.first + (row0_ + r) / group_ + (M2LM_FAULT(19) ? 1 : 0);
+      const std::int64_t low = job_.mask.window > 0 ? position - job_.mask.window + 1 - begin : 0;
+      const std::int64_t high = (causal_ && position + 1 < stop ? position + 1 : stop) - begin;
+      softmax_row<Products>(scores_ + r * score_stride, low > 0 ? low : 0, high, n, to.largest[r], to.sum[r]);
+    }
+    products_.weigh(count_, scores_, values, job_.capacity * panel_width, n, to.y, dv_, wide_);
+  }
+
+  void merge(const PartialAttention& from) const {
+    const PartialAttention& to = whole_;
+    for (std::int64_t r = 0; r < count_; ++r) {
+      if (from.sum[r] == 0.0F) continue;
+      const float* y = from.y + r * dv_;
+      float* out = to.y + r * dv_;
+      const float largest = to.largest[r] > from.largest[r] ? to.largest[r] : from.largest[r];
+      const Vec old = exp2<Products::rounds>(set(to.largest[r] - largest)), now = exp2<Products::rounds>(set(from.largest[r] - largest));
+      for (std::int64_t c = 0; c < dv_; c += width) store(out + c, fma(load(y + c), now, M2LM_FAULT(17) ? load(out + c) : load(out + c) * old));
+      float factors[2 * width];
+      store(factors, old);
+      store(factors + width, now);
+      to.sum[r] = to.sum[r] * factors[0] + from.sum[r] * factors[width];
+      to.largest[r] = largest;
+    }
+  }
+  void start() const {
+    for (std::int64_t r = 0; r < count_; ++r) {
+      whole_.largest[r] = job_.sinks.zero_logit ? 0.0F : -__builtin_inff();  // the sink is as a key that has been seen already
+      whole_.sum[r] = job_.sinks.zero_logit ? 1.0F : 0.0F;
+      for (std::int64_t c = 0; c < dv_; c += width) store(whole_.y + r * dv_ + c, set(0.0F));
+    }
+  }
+  void finish() const {
+    for (std::int64_t r = 0; r < count_; ++r) {
+      const std::int64_t row = row0_ + r;
+      float* out = job_.y + row / group_ * job_.ldy + (kv_head_ * group_ + row % group_) * job_.head_dim;
+      const float* y = whole_.y + r * dv_;
+      const float inverse = 1.0F / whole_.sum[r];
+      std::int64_t c = 0;
+      for (; c + width <= job_.head_dim; c += width) store(out + c, load(y + c) * set(inverse));
+      for (; c < job_.head_dim; ++c) out[c] = y[c] * inverse;
+    }
+  }
+
+  void run_whole() const {
+    start();
+    load_queries();
+    for (std::int64_t segment = first_segment(); segment < end_segment(); ++segment) {
+      attend(segment, part_);
+      merge(part_);
+    }
+    finish();
+  }
+  // One segment of a tile that several threads share: whoever is the last to come merges what all have left.
+  void run_segment(std::int64_t tile, std::int64_t segment) const {
+    if (segment < first_segment() || segment >= end_segment()) return;
+    const std::int64_t each = PartialAttention::floats(rows, dv_);
+    float* of_tile = job_.partials + tile * job_.segments * each;
+    load_queries();
+    attend(segment, PartialAttention(of_tile + segment * each, rows, dv_));
+    if (__atomic_add_fetch(job_.segments_done + tile, 1, __ATOMIC_ACQ_REL) != end_segment() - first_segment()) return;
+    start();
+    for (std::int64_t s = first_segment(); s < end_segment(); ++s) merge(PartialAttention(of_tile + s * each, rows, dv_));
+    finish();
+  }
+};
+
+// Each thread begins with a range of tiles of its own, so that a head's keys stay in its cache, and then helps the others.
+template <class Products>
+void attention(const AttentionJob& job, int part, int parts, std::byte* scratch) {
+  AttentionTile<Products> tile(job, reinterpret_cast<float*>(scratch));
+  const std::int64_t pieces = job.partials ? job.segments : 1, tasks = job.kv_heads * AttentionTile<Products>::tiles_per_head(job) * pieces;
+  for (int i = 0; i < parts; ++i) {
+    const int owner = (part + i) % parts;
+    const Range range = split(tasks, parts, owner);
+    std::int32_t* next = job.next + owner * next_stride;
+    for (;;) {
+      const std::int64_t task = range.begin + __atomic_fetch_add(next, 1, __ATOMIC_RELAXED);
+      if (task >= range.end) break;
+      tile.choose(task / pieces);
+      if (job.partials)
+        tile.run_segment(task / pieces, task % pieces);
+      else
+        tile.run_whole();
+    }
+  }
+}
+
+template <class Products>
+AttentionKernels attention_kernels() {
+  return {.rows = Products::rows,
+          .run = &attention<Products>,
+          .scratch = [](std::int64_t head_dim) { return static_cast<std::size_t>(round_up(AttentionTile<Products>::scratch_floats(head_dim) * 4, 64)); },
+          .partial_floats = [](std::int64_t head_dim) { return PartialAttention::floats(Products::rows, round_up(head_dim, panel_width)); }};
+}
+
+template <class Tile>
+AttentionKernels attention_on_vectors() {
+  return attention_kernels<TileProducts<Tile>>();
 }

@@ -147,6 +147,5 @@ inline FormatKernels block_kernels() {
           .row_group = block_rows,
           .gemm = &block_gemm<format>,
           .gemm_scratch = &block_gemm_scratch,
-          .attention = nullptr,
-          .attention_scratch = nullptr};
+          .attention = {}};
 }

@@ -386,9 +386,7 @@ inline void add(float* x, const float* addend, std::int64_t n) {
 
 // In attention.inc.hpp.
 template <class Tile>
-std::size_t attention_scratch(std::int64_t head_dim);
-template <class Tile>
-void attention(const AttentionJob& job, int part, int parts, std::byte* scratch);
+AttentionKernels attention_on_vectors();
 
 template <class Tile>
 inline FormatKernels format_kernels() {
@@ -396,8 +394,7 @@ inline FormatKernels format_kernels() {
           .k_step = Tile::k_step,
           .gemm = &gemm<Tile>,
           .gemm_scratch = &gemm_scratch<Tile>,
-          .attention = &attention<Tile>,
-          .attention_scratch = &attention_scratch<Tile>};
+          .attention = attention_on_vectors<Tile>()};
 }
 
 inline TrainingKernels training_kernels();  // in training.inc.hpp

@@ -15,6 +15,10 @@ inline Vec scale_by_power(Vec x, Vec n) {
   const __m256i bits = _mm256_slli_epi32(_mm256_add_epi32(_mm256_cvtps_epi32(n), _mm256_set1_epi32(127)), 23);
   return _mm256_mul_ps(x, _mm256_castsi256_ps(bits));
 }
+// For powers of two: t, or something below -126 that the next two can take; t - floor(t), in [0, 1]; x · 2^floor(t), 0 where t < -126.
+inline Vec bounded(Vec t) { return _mm256_max_ps(set(-127.0F), t); }  // NaN stays
+inline Vec fraction(Vec t) { return _mm256_sub_ps(t, _mm256_floor_ps(t)); }
+inline Vec scale_by_floor(Vec x, Vec t) { return scale_by_power(x, _mm256_floor_ps(t)); }
 inline Vec zero_where_below(Vec x, Vec limit, Vec value) { return _mm256_and_ps(_mm256_cmp_ps(x, limit, _CMP_GE_OQ), value); }
 inline float reduce_add(Vec v) {
   __m128 s = _mm_add_ps(_mm256_castps256_ps128(v), _mm256_extractf128_ps(v, 1));

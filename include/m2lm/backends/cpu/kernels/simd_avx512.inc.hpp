@@ -15,6 +15,10 @@ inline Vec max(Vec a, Vec b) { return _mm512_maskz_max_ps(all_lanes, a, b); }
 inline Vec min(Vec a, Vec b) { return _mm512_maskz_min_ps(all_lanes, a, b); }
 inline Vec round(Vec x) { return _mm512_maskz_roundscale_ps(all_lanes, x, _MM_FROUND_TO_NEAREST_INT | _MM_FROUND_NO_EXC); }
 inline Vec scale_by_power(Vec x, Vec n) { return _mm512_maskz_scalef_ps(all_lanes, x, n); }
+// For powers of two: t - floor(t), 0 for infinity; x · 2^floor(t), 0 where t < -126.
+inline Vec bounded(Vec t) { return t; }
+inline Vec fraction(Vec t) { return _mm512_maskz_reduce_ps(all_lanes, t, _MM_FROUND_TO_NEG_INF | _MM_FROUND_NO_EXC); }
+inline Vec scale_by_floor(Vec x, Vec t) { return _mm512_maskz_scalef_ps(_mm512_cmp_ps_mask(t, set(-126.0F), _CMP_NLT_UQ), x, t); }
 inline Vec zero_where_below(Vec x, Vec limit, Vec value) { return _mm512_maskz_mov_ps(_mm512_cmp_ps_mask(x, limit, _CMP_GE_OQ), value); }
 template <int half>
 inline __m256 half_of(Vec v) {

@@ -23,6 +23,12 @@ inline Vec scale_by_power(Vec x, Vec n) {
   const Mask bits = (__builtin_convertvector(n, Mask) + 127) << 23;
   return x * (Vec)bits;
 }
+// For powers of two: t, or something below -126 that the next two can take; t - n and x · 2^n for the whole number n = floor(t), or n =
+// t - 1; the latter is 0 where t < -126.
+inline Vec bounded(Vec t) { return max(set(-126.5F), t); }  // NaN stays
+inline Vec floor_of(Vec t) { return round(t - set(0.5F)); }
+inline Vec fraction(Vec t) { return t - floor_of(t); }
+inline Vec scale_by_floor(Vec x, Vec t) { return scale_by_power(x, floor_of(t)); }
 inline Vec zero_where_below(Vec x, Vec limit, Vec value) { return (Vec)((x >= limit) & (Mask)value); }
 inline float reduce_add(Vec v) { return (v[0] + v[2]) + (v[1] + v[3]); }
 inline float reduce_max(Vec v) {
