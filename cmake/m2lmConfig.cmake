@@ -1,11 +1,13 @@
-# find_package(m2lm [COMPONENTS core | m2lm | compiled | cuda]); without components, all of them but cuda.
+# find_package(m2lm [COMPONENTS core | m2lm | compiled | cuda | xtensor]); without components, core, m2lm and compiled.
 #   core      m2lm::core, needs Eigen
 #   m2lm      m2lm::m2lm, needs Eigen, nlohmann_json, sentencepiece and stb
 #   compiled  m2lm::compiled, m2lm::m2lm with its non-template definitions built once, in the calling project
 #   cuda      m2lm::cuda, m2lm::compiled and the CUDA runtime, and the function m2lm_instantiate; needs a CUDA toolkit
+#   xtensor   m2lm::xtensor, m2lm::m2lm and xtensor, for <m2lm/xtensor.hpp>
+# What a component needs is looked for here and now, not when m2lm was installed: one package serves every machine.
 cmake_minimum_required(VERSION 3.21...3.29)
 
-set(_m2lm_components core m2lm compiled cuda)
+set(_m2lm_components core m2lm compiled cuda xtensor)
 if(m2lm_FIND_COMPONENTS)
   set(_m2lm_wanted ${m2lm_FIND_COMPONENTS})
 else()
@@ -25,7 +27,7 @@ find_dependency(Eigen3 3.4 CONFIG)
 include("${CMAKE_CURRENT_LIST_DIR}/m2lmCoreTargets.cmake")
 set(m2lm_core_FOUND TRUE)
 
-if("m2lm" IN_LIST _m2lm_wanted OR "compiled" IN_LIST _m2lm_wanted OR "cuda" IN_LIST _m2lm_wanted)
+if(NOT _m2lm_wanted STREQUAL "core")
   set(_m2lm_module_path "${CMAKE_MODULE_PATH}")
   list(PREPEND CMAKE_MODULE_PATH "${CMAKE_CURRENT_LIST_DIR}")
   find_package(nlohmann_json 3.10 CONFIG QUIET)
@@ -56,6 +58,16 @@ if("cuda" IN_LIST _m2lm_wanted)
   elseif(m2lm_compiled_FOUND)
     include("${CMAKE_CURRENT_LIST_DIR}/m2lmCuda.cmake")
     set(m2lm_cuda_FOUND TRUE)
+  endif()
+endif()
+
+if("xtensor" IN_LIST _m2lm_wanted)
+  find_package(xtensor CONFIG QUIET)
+  if(NOT xtensor_FOUND)
+    list(APPEND _m2lm_missing "xtensor (Debian's libxtensor-dev)")
+  elseif(m2lm_m2lm_FOUND)
+    include("${CMAKE_CURRENT_LIST_DIR}/m2lmXtensor.cmake")
+    set(m2lm_xtensor_FOUND TRUE)
   endif()
 endif()
 

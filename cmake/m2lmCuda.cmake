@@ -1,4 +1,4 @@
-# m2lm::cuda: m2lm::compiled and what a program with CUDA links. Included where CUDAToolkit has been found.
+# m2lm::cuda: m2lm::compiled and what a program with CUDA links. Included where m2lm::compiled is.
 #
 # m2lm_instantiate(target ALIAS HEADER [TRAINING])
 #   Adds the model ALIAS (such as my::Vlm, a Model on Cuda), which HEADER declares, to the target: its kernels in a generated .cu, and
@@ -7,6 +7,7 @@
 #   .cu: cicc of CUDA 13.0.88 aborts without a word on an explicit instantiation of a Model beside the kernels.)
 #   HEADER is a path, relative to the current source directory, or what stands between <> in an #include. The project has CUDA among
 #   its languages.
+find_package(CUDAToolkit REQUIRED)
 if(NOT TARGET m2lm_cuda)
   add_library(m2lm_cuda INTERFACE)
   add_library(m2lm::cuda ALIAS m2lm_cuda)

@@ -10,6 +10,7 @@
 #include <m2lm/io/safetensors_impl.hpp>
 #include <m2lm/io/gguf_impl.hpp>
 #include <m2lm/io/zip_impl.hpp>
+#include <m2lm/io/npy_impl.hpp>
 #include <m2lm/io/pickle_impl.hpp>
 #include <m2lm/io/pytorch_impl.hpp>
 #include <m2lm/io/checkpoint_impl.hpp>

@@ -13,6 +13,7 @@
 #include <m2lm/io/gguf_model.hpp>
 #include <m2lm/io/image.hpp>
 #include <m2lm/io/image_processor.hpp>
+#include <m2lm/io/npy.hpp>
 #include <m2lm/io/pickle.hpp>
 #include <m2lm/io/pytorch.hpp>
 #include <m2lm/io/safetensors.hpp>

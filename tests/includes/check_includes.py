@@ -38,14 +38,17 @@ FLOORS = {
     "testing": ["models", "train", "backends"],
 }
 CONFIG_HEADERS = {"version.hpp", "config.hpp", "fwd.hpp"}
-# The headers that stand above all floors, and the floors that each may include.
+# The headers that stand above all floors, and the floors that each may include. Those in ADDITIONS stand above m2lm.hpp too.
 UMBRELLAS = {
     "core.hpp": {"layers", "backends"},
     "core_impl.hpp": {"layers", "backends"},
     "m2lm.hpp": set(FLOORS),
     "m2lm.cuh": set(FLOORS),
     "impl.hpp": set(FLOORS),
+    "xtensor.hpp": set(FLOORS),
 }
+ADDITIONS = {"xtensor.hpp"}
+OPTIONAL = {"xtensor"}  # owners that nothing of the library may reach but such a header
 
 # first part of a third-party include -> the stem of its owner in interop/
 THIRD_PARTY = {
@@ -141,6 +144,8 @@ def check_own(include, tree, below):
     owner = pathlib.PurePosixPath(target).stem.removesuffix("_impl")
     if target_floor == "interop" and owner in READERS and not (is_definition(source) or source_floor in {None, "interop"}):
         yield f"a declaration includes the reader <m2lm/{target}>"
+    if target_floor == "interop" and owner in OPTIONAL and source not in ADDITIONS:
+        yield f"the library includes <m2lm/{target}>, which is for those who ask for it"
     if source_floor is None:
         allowed = set().union(*(below[floor] for floor in UMBRELLAS[source]))
         if target_floor is not None and target_floor not in allowed:

@@ -13,6 +13,7 @@ GOOD = {
     "core/view.hpp": ("core", "#include <m2lm/config.hpp>\n#include <vector>\n"),
     "ops/linear.hpp": ("ops", "#include <m2lm/core/view.hpp>\n"),
     "interop/eigen.hpp": ("interop", "#include <Eigen/Core>\n"),
+    "interop/xtensor.hpp": ("interop", "#include <xtensor/xarray.hpp>\n"),
     "interop/json.hpp": ("interop", "#include <nlohmann/json.hpp>\n"),
     "interop/stb.hpp": ("interop", "#include <stb_image.h>\n"),
     "backends/cpu/cpu.hpp": ("backends", "#include <m2lm/ops/linear.hpp>\n#include <m2lm/interop/eigen.hpp>\n"),
@@ -29,6 +30,7 @@ GOOD = {
     "core.hpp": ("m2lm", "#include <m2lm/backends/cpu/cpu.hpp>\n#include <m2lm/core_impl.hpp>\n"),
     "impl.hpp": ("m2lm", "#include <m2lm/core_impl.hpp>\n#include <m2lm/io/config_impl.hpp>\n"),
     "m2lm.hpp": ("m2lm", "#include <m2lm/core.hpp>\n#include <m2lm/models/model.hpp>\n#include <m2lm/impl.hpp>\n"),
+    "xtensor.hpp": ("m2lm", "#include <m2lm/interop/xtensor.hpp>\n#include <m2lm/m2lm.hpp>\n"),
     "m2lm.cuh": ("m2lm", "#include <m2lm/m2lm.hpp>\n#include <m2lm/backends/cuda/gemm.cuh>\n"),
 }
 
@@ -43,6 +45,8 @@ FAULTS = [
     ("io/config.hpp", "#include <nlohmann/json.hpp>", "belongs to interop/json.hpp"),
     ("interop/json.hpp", "#include <stb/stb_image.h>", "belongs to interop/stb.hpp"),
     ("core/view.hpp", "#include <Eigen/Core>", "belongs to interop/eigen.hpp"),
+    ("core/view.hpp", "#include <xtensor/xarray.hpp>", "belongs to interop/xtensor.hpp"),
+    ("m2lm.hpp", "#include <m2lm/interop/xtensor.hpp>", "which is for those who ask for it"),
     ("core/view.hpp", "#include <boost/array.hpp>", "neither standard nor known"),
     ("core/view.hpp", "#include <cuda_runtime.h>", "only a .cuh may include it"),
     ("io/config.hpp", "#include <m2lm/interop/json.hpp>", "a declaration includes the reader"),

@@ -2,10 +2,15 @@
 """The package as other projects see it: installed, found, added, fetched. Nothing is downloaded.
 
 install           an install needs no compiler, and puts exactly the expected files into include/ and share/
-find_package      a moved install is found, by version and component; three programs build against it and run
+find_package      a moved install is found, by version and component; programs build against it and run
+build_tree        the same of a build tree that was never installed
 cuda              the component cuda says what is missing; m2lm_instantiate adds a model to a target
-add_subdirectory  the same programs in the same build; nothing of the including project changes
-fetch_content     the same, declared with FetchContent and fully disconnected
+add_subdirectory  a program in the same build; nothing of the including project changes
+reexport          a library that links m2lm is installed, exported from its build tree, and found from both
+fetch_content     a program that declares m2lm with FetchContent, fully disconnected
+pkg_config        plain g++ with the flags of the .pc files of a moved install
+archive           what cpack packs is a prefix, wherever it is unpacked
+examples          the examples build as a project of their own
 """
 
 import argparse
@@ -18,7 +23,11 @@ import sys
 
 HERE = pathlib.Path(__file__).resolve().parent
 SKIPPED = 77
+STRICT = ("-Wall", "-Wextra", "-Wpedantic", "-Wconversion", "-Wshadow", "-Werror")
 PARTS = ("core", "m2lm", "compiled")
+CHEAP = ("core",)  # the others take a minute of a processor, and are tried once, by find_package
+
+NO_COMPILER = {"CC": "/bin/false", "CXX": "/bin/false"}
 
 
 class Failure(Exception):
@@ -45,13 +54,18 @@ class Package:
             raise Failure(f"{' '.join(command)}\nshould fail and say: {expect_failure}\n{result.stdout[-4000:]}")
         return result.stdout
 
+    def configure_without_compiler(self, *arguments):
+        build = self.work / "m2lm-build"
+        self.run(self.cmake, "-G", "Ninja", "-S", self.source, "-B", build, *arguments, env=NO_COMPILER)
+        return build
+
     def install(self):
-        """Installs without a compiler; returns the prefix."""
-        build, prefix = self.work / "m2lm-build", self.work / "prefix"
-        no_compiler = {"CC": "/bin/false", "CXX": "/bin/false"}
-        self.run(self.cmake, "-G", "Ninja", "-S", self.source, "-B", build, f"-DCMAKE_INSTALL_PREFIX={prefix}", env=no_compiler)
-        self.run(self.cmake, "--install", build, env=no_compiler)
-        return prefix
+        """Installs without a compiler and moves the result; returns the prefix."""
+        prefix, moved = self.work / "prefix", self.work / "moved"
+        build = self.configure_without_compiler(f"-DCMAKE_INSTALL_PREFIX={prefix}")
+        self.run(self.cmake, "--install", build, env=NO_COMPILER)
+        prefix.rename(moved)
+        return moved
 
     def configure(self, consumer, build, *arguments, parts=PARTS, **kwargs):
         return self.run(self.cmake, "-G", "Ninja", "-S", HERE / consumer, "-B", self.work / build,
@@ -79,8 +93,7 @@ def check_install(package):
 
 
 def check_find_package(package):
-    prefix = package.work / "moved"
-    package.install().rename(prefix)
+    prefix = package.install()
     found = f"-DCMAKE_PREFIX_PATH={prefix}"
     version = re.search(r'set\(PACKAGE_VERSION "([0-9.]+)"\)', (prefix / "share/cmake/m2lm/m2lmConfigVersion.cmake").read_text())
     major, minor, _ = version.group(1).split(".")
@@ -92,6 +105,10 @@ def check_find_package(package):
                       expect_failure="m2lm has no component 'telepathy'; it has: core")
     package.configure("find_package", "missing", found, *without_readers, parts=["m2lm"],
                       expect_failure="m2lm::m2lm needs what was not found: nlohmann_json;SentencePiece;Stb")
+    package.configure("find_package", "no-xtensor", found, "-DCMAKE_DISABLE_FIND_PACKAGE_xtensor=ON", parts=["xtensor"],
+                      expect_failure="m2lm::xtensor needs what was not found: xtensor (Debian's libxtensor-dev)")
+    package.configure("find_package", "optional", found, "-DCMAKE_DISABLE_FIND_PACKAGE_xtensor=ON", "-DM2LM_USER_OPTIONAL=xtensor", parts=["core"])
+    package.configure("find_package", "xtensor", found, parts=["xtensor"])
     package.configure("find_package", "core-only", found, *without_readers, parts=["core"])
     package.configure("find_package", "build", found, f"-DM2LM_USER_VERSION={major}.{minor}")
     package.build_and_run("build")
@@ -120,23 +137,88 @@ def check_cuda(package):
     print("my_model is made of a .cu and a .cpp that include my_model.hpp")
 
 
+def check_build_tree(package):
+    build = package.configure_without_compiler()
+    package.configure("find_package", "build", f"-Dm2lm_DIR={build / 'package'}", parts=CHEAP)
+    package.build_and_run("build", CHEAP)
+
+
 def check_add_subdirectory(package):
+    package.configure("add_subdirectory", "build", f"-DM2LM_SOURCE_DIR={package.source}", parts=CHEAP)
+    package.build_and_run("build", CHEAP)
+
+
+def check_reexport(package):
     source = f"-DM2LM_SOURCE_DIR={package.source}"
     package.configure("reexport", "no-export", source, expect_failure="that is not in any export set")
-    package.configure("reexport", "export", source, "-DM2LM_INSTALL=ON")
-    package.configure("add_subdirectory", "build", source)
-    package.build_and_run("build")
+    prefix = package.work / "prefix"
+    package.configure("reexport", "export", source, "-DM2LM_INSTALL=ON", f"-DCMAKE_INSTALL_PREFIX={prefix}")
+    package.run(package.cmake, "--install", package.work / "export")
+    prefix.rename(package.work / "moved")
+    package.configure("reexport/user", "installed", f"-DCMAKE_PREFIX_PATH={package.work / 'moved'}", parts=CHEAP)
+    package.build_and_run("installed", CHEAP)
+    package.configure("reexport/user", "exported", f"-Dwrapper_DIR={package.work / 'export'}",
+                      f"-Dm2lm_DIR={package.work / 'export' / 'm2lm' / 'package'}", parts=CHEAP)
 
 
 def check_fetch_content(package):
-    parts = ("core",)
-    package.configure("fetch_content", "build", f"-DM2LM_SOURCE_DIR={package.source}", "-DFETCHCONTENT_FULLY_DISCONNECTED=ON",
-                      parts=parts)
-    package.build_and_run("build", parts)
+    package.configure("fetch_content", "build", f"-DM2LM_SOURCE_DIR={package.source}", "-DFETCHCONTENT_FULLY_DISCONNECTED=ON", parts=CHEAP)
+    package.build_and_run("build", CHEAP)
 
 
-CHECKS = {"install": check_install, "find_package": check_find_package, "cuda": check_cuda, "add_subdirectory": check_add_subdirectory,
-          "fetch_content": check_fetch_content}
+def check_pkg_config(package):
+    if not shutil.which("pkg-config"):
+        print("SKIPPED: no pkg-config")
+        return SKIPPED
+    prefix = package.install()
+    path = {"PKG_CONFIG_PATH": str(prefix / "share" / "pkgconfig")}
+
+    def flags(name):
+        return package.run("pkg-config", "--cflags", "--libs", name, env=path).split()
+
+    program = package.work / "user_core"
+    package.run(package.compiler, "-std=c++20", *STRICT, HERE / "core_user.cpp", *flags("m2lm-core"), "-o", program)
+    package.run(program)
+    everything = flags("m2lm")
+    if "-lsentencepiece" not in everything:
+        raise Failure(f"m2lm.pc links no sentencepiece: {everything}")
+    # Compiled in full by find_package; here every header is found, and the libraries are.
+    package.run(package.compiler, "-std=c++20", "-E", "-o", os.devnull, HERE / "m2lm_user.cpp", *everything)
+    empty = package.work / "empty.cpp"
+    empty.write_text("int main() {}\n", encoding="utf-8")
+    package.run(package.compiler, empty, *everything, "-o", package.work / "empty")
+    print(" ".join(everything))
+
+
+def check_archive(package):
+    build = package.configure_without_compiler()
+    package.run("cpack", "-G", "TGZ", "--config", build / "CPackConfig.cmake", "-B", package.work / "packed", env=NO_COMPILER)
+    archives = list((package.work / "packed").glob("m2lm-*.tar.gz"))
+    if len(archives) != 1:
+        raise Failure(f"cpack made {archives}")
+    anywhere = package.work / "any where"
+    shutil.unpack_archive(archives[0], anywhere)
+    (prefix,) = anywhere.iterdir()
+    package.configure("find_package", "build", f"-DCMAKE_PREFIX_PATH={prefix}", parts=CHEAP)
+    package.build_and_run("build", CHEAP)
+    print(f"{archives[0].name} is a prefix")
+
+
+def check_examples(package):
+    prefix = package.install()
+    found, build = f"-DCMAKE_PREFIX_PATH={prefix}", package.work / "build"
+    package.run(package.cmake, "-G", "Ninja", "-S", package.source / "examples", "-B", build, f"-DCMAKE_CXX_COMPILER={package.compiler}", found)
+    programs = sorted(path.stem for path in (package.source / "examples").glob("*.cpp"))
+    targets = package.run("ninja", "-C", build, "-t", "targets", "all")
+    for name in programs:
+        if not re.search(rf"^{name}: CXX_EXECUTABLE", targets, re.MULTILINE):
+            raise Failure(f"examples/{name}.cpp is no program of the stand-alone project")
+    # All are compiled and run as part of the library's own build; here one, as others would.
+    package.run(package.cmake, "--build", build, "--target", "CMakeFiles/attention_layer.dir/attention_layer.cpp.o")
+    print(f"{len(programs)} programs, attention_layer compiled")
+
+
+CHECKS = {name.removeprefix("check_"): check for name, check in list(globals().items()) if name.startswith("check_")}
 
 
 def main():

@@ -49,8 +49,8 @@ class ZipArchive {
 
 namespace detail {
 
-/// CRC-32 with the reflected polynomial 0xEDB88320.
-std::uint32_t zip_checksum(std::span<const std::byte> bytes);
+/// CRC-32 with the reflected polynomial 0xEDB88320, of bytes behind those whose checksum is `before`.
+std::uint32_t zip_checksum(std::span<const std::byte> bytes, std::uint32_t before = 0);
 
 }  // namespace detail
 

@@ -43,7 +43,7 @@ inline std::optional<std::size_t> find_zip_end(std::span<const std::byte> bytes)
   }
 }
 
-M2LM_IMPL std::uint32_t zip_checksum(std::span<const std::byte> bytes) {
+M2LM_IMPL std::uint32_t zip_checksum(std::span<const std::byte> bytes, std::uint32_t before) {
   static constexpr auto table = [] {
     std::array<std::uint32_t, 256> out{};
     for (std::uint32_t i = 0; i < 256; ++i) {
@@ -53,7 +53,7 @@ M2LM_IMPL std::uint32_t zip_checksum(std::span<const std::byte> bytes) {
     }
     return out;
   }();
-  std::uint32_t c = 0xffffffffU;
+  std::uint32_t c = ~before;
   for (const std::byte b : bytes) c = table[(c ^ std::to_integer<std::uint32_t>(b)) & 0xffU] ^ (c >> 8);
   return ~c;
 }
@@ -105,7 +105,7 @@ M2LM_IMPL ZipArchive ZipArchive::open(MappedFile file) {
     const auto check_entry = [&](bool ok, const auto&... what) { check(ok, "entry \"", entry.name, "\": ", what...); };
     const auto flags = zip_number<std::uint16_t>(bytes, at + 8), method = zip_number<std::uint16_t>(bytes, at + 10);
     check_entry((flags & 1U) == 0, "is encrypted");
-    check_entry(method == 0, "is compressed (method ", method, "); only stored entries are read, as torch.save writes them");
+    check_entry(method == 0, "is compressed (method ", method, "); only stored entries are read, as torch.save and numpy.savez write them");
     entry.crc32 = zip_number<std::uint32_t>(bytes, at + 16);
     std::uint64_t stored = zip_number<std::uint32_t>(bytes, at + 20), size = zip_number<std::uint32_t>(bytes, at + 24),
                   local = zip_number<std::uint32_t>(bytes, at + 42);

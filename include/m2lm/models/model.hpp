@@ -536,7 +536,14 @@ auto Model<B, P, D, C...>::encode(const Input& input) const try {
   [[maybe_unused]] const auto turn = exclusive(state_->backend);
   Arena arena(memory_of(state_->backend));
   Context<B> ctx = context(arena);
-  ModalityOutput<Scalar> out = std::get<index>(state_->component).encode(ctx, input, decoder_config().hidden_size);
+  const auto embed = [&](const auto& x) { return std::get<index>(state_->component).encode(ctx, x, decoder_config().hidden_size); };
+  ModalityOutput<Scalar> out = [&] {
+    using Expected = typename std::tuple_element_t<index, std::tuple<C...>>::Input;
+    if constexpr (detail::StandsForInput<const Input, Expected>)
+      return embed(to_input(InputTag<Expected>{}, input));
+    else
+      return embed(input);
+  }();
   if constexpr (std::tuple_element_t<index, std::tuple<C...>>::InsertionPolicy::kind == InsertionKind::discrete_tokens)
     return std::move(out.token_ids);
   else if constexpr (HostBackend<B>)

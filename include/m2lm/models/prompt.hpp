@@ -5,6 +5,7 @@
 #include <m2lm/core/policy.hpp>
 #include <m2lm/core/tensor.hpp>
 
+#include <concepts>
 #include <cstdint>
 #include <string>
 #include <string_view>
@@ -27,6 +28,18 @@ consteval std::size_t component_index() {
 
 }  // namespace detail
 
+/// A value that stands for a component's Input without being one: Prompt::attach and Model::encode make it one by
+/// to_input(InputTag<Input>, value), found by argument-dependent lookup. <m2lm/xtensor.hpp> has it for pictures.
+template <class Input>
+struct InputTag {};
+
+namespace detail {
+
+template <class Value, class Input>
+concept StandsForInput = requires(Value& value) { { to_input(InputTag<Input>{}, value) } -> std::convertible_to<Input>; };
+
+}  // namespace detail
+
 /// How a prompt's text becomes tokens.
 enum class PromptForm : std::uint8_t {
   chat,  ///< the text is a user's turn; the checkpoint's chat template goes around it
@@ -46,12 +59,18 @@ struct Prompt {
   /// Per component: inputs, or embeddings [tokens, hidden] that take the place of an encoder's output.
   std::tuple<std::vector<std::variant<typename C::Input, AnyTensor>>...> attachments;
 
-  /// Attaches an input for the next placeholder of the component.
+  /// Attaches an input for the next placeholder of the component, or what stands for one (see InputTag).
   template <FixedString Name>
   Prompt& attach(auto input) {
     constexpr std::size_t index = detail::component_index<Name, C...>();
     static_assert(index < sizeof...(C), "m2lm::Prompt::attach<name>: this model has no component of that name");
-    if constexpr (index < sizeof...(C)) std::get<index>(attachments).emplace_back(std::in_place_index<0>, std::move(input));
+    if constexpr (index < sizeof...(C)) {
+      using Input = typename std::tuple_element_t<index, std::tuple<C...>>::Input;
+      if constexpr (detail::StandsForInput<decltype(input), Input>)
+        std::get<index>(attachments).emplace_back(std::in_place_index<0>, to_input(InputTag<Input>{}, input));
+      else
+        std::get<index>(attachments).emplace_back(std::in_place_index<0>, std::move(input));
+    }
     return *this;
   }
   /// Attaches embeddings [tokens, hidden] instead of an input.
