@@ -50,7 +50,7 @@ inline void add_version(CLI::App& app) {
 }
 
 /// What --precision may say.
-inline constexpr m2lm::DType precisions[] = {m2lm::DType::f32, m2lm::DType::bf16, m2lm::DType::q8, m2lm::DType::q4};
+inline constexpr m2lm::DType precisions[] = {m2lm::DType::f32, m2lm::DType::bf16, m2lm::DType::q8, m2lm::DType::q4, m2lm::DType::q4_128, m2lm::DType::w8a8};
 
 inline void add_precision(CLI::App& app, std::string& precision) {
   std::vector<std::string> names;

@@ -112,7 +112,7 @@ std::string document() {
   out += "\n## Formats of weights\n\n`Reference` keeps them as T.\n\n";
   out += line("format", {"Cpu", "Cuda f32", "Cuda f16", "Cuda bf16"}) + "|---|---|---|---|---|\n";
   const auto mark = [](bool has) { return std::string(has ? "yes" : "–"); };
-  for (const DType format : {DType::f32, DType::f16, DType::bf16, DType::q8, DType::q4})
+  for (const DType format : {DType::f32, DType::f16, DType::bf16, DType::q8, DType::q4, DType::q4_128, DType::w8a8})
     out += line(std::string(dtype_name(format)), {mark(cpu_packs(format)), mark(cuda::has_format<float>(format)),
                                                   mark(cuda::has_format<Half>(format)), mark(cuda::has_format<Bf16>(format))});
   return out;

@@ -69,6 +69,78 @@ TEST_CASE("the error of a value is at most what its step allows") {
   check_error<Q4Block>(rng);
 }
 
+/// Squared error of 128 values.
+double squared_error(const Q4Group& group, const float* x) {
+  double sum = 0;
+  for (std::int64_t i = 0; i < group_values; ++i) {
+    const double error = static_cast<double>(dequantise(group, i)) - static_cast<double>(x[i]);
+    sum += error * error;
+  }
+  return sum;
+}
+
+TEST_CASE("a group of q4_128 has less error than the step that meets its extreme, and values that it holds make it again") {
+  Rng rng(803);
+  double searched = 0, plain = 0;
+  for (int trial = 0; trial < 500; ++trial) {
+    const double scale = std::ldexp(1.0, static_cast<int>(rng.next() % 20) - 12);
+    float x[group_values], extreme = 0;
+    double variance = 0;
+    for (float& v : x) {
+      double sum = -6;
+      for (int i = 0; i < 12; ++i) sum += rng.uniform();  // about normal
+      v = static_cast<float>(sum * scale);
+    }
+    if (trial % 4 == 0) std::fill(x + 1 + trial / 4 % 127, x + group_values, 0.0F);  // filled up, as the last group of a row
+    for (const float v : x) {
+      if (std::abs(v) > std::abs(extreme)) extreme = v;
+      variance += static_cast<double>(v) * static_cast<double>(v);
+    }
+    const Q4Group group = quantise_q4_128(x);
+    Q4Group met{.scale = to_half(extreme / -8.0F)};
+    for (std::int64_t i = 0; i < group_values; ++i) {
+      const double steps = static_cast<double>(x[i]) / static_cast<double>(extreme / -8.0F);
+      const int q = std::clamp(static_cast<int>(std::lround(steps)), -8, 7) + 8;
+      met.pairs[static_cast<std::size_t>(i / 32 * 16 + i % 16)] |= static_cast<std::uint8_t>(i % 32 < 16 ? q : q << 4);
+    }
+    // The scale's rounding to f16 moves a value by 2^-11 of it at most.
+    CHECK(squared_error(group, x) <= squared_error(met, x) + variance * 0x1.0p-21);
+    searched += squared_error(group, x) / variance;
+    plain += squared_error(met, x) / variance;
+    float held[group_values];
+    for (std::int64_t i = 0; i < group_values; ++i) held[i] = dequantise(group, i);
+    const Q4Group again = quantise_q4_128(held);
+    for (std::int64_t i = 0; i < group_values; ++i) CHECK(dequantise(again, i) == held[i]);
+  }
+  CHECK(searched < 0.9 * plain);
+  CHECK(std::sqrt(searched / 500) < 0.1);  // of the values' own size
+}
+
+TEST_CASE("a group of q4_128 of zeros, of one value, hardly there, or not finite") {
+  float x[group_values] = {};
+  for (std::int64_t i = 0; i < group_values; ++i) CHECK(dequantise(quantise_q4_128(x), i) == 0.0F);
+  x[77] = -0.375F;
+  Q4Group group = quantise_q4_128(x);
+  for (std::int64_t i = 0; i < group_values; ++i) CHECK(std::abs(dequantise(group, i) - x[i]) <= 0.375F * 0x1.0p-11F);
+  for (float& v : x) v = 1e-44F;
+  group = quantise_q4_128(x);
+  for (std::int64_t i = 0; i < group_values; ++i) CHECK(std::abs(dequantise(group, i)) <= 8 * 0x1.0p-25F);
+  for (float& v : x) v = 1e6F;  // a step that f16 does not have
+  group = quantise_q4_128(x);
+  for (std::int64_t i = 0; i < group_values; ++i) CHECK(std::isinf(dequantise(group, i)));
+  for (const float bad : {std::numeric_limits<float>::quiet_NaN(), std::numeric_limits<float>::infinity()})
+    for (const std::int64_t at : {0, 127}) {
+      float y[group_values] = {};
+      y[5] = 2;
+      y[at] = bad;
+      group = quantise_q4_128(y);
+      for (std::int64_t i = 0; i < group_values; ++i) CHECK(std::isnan(dequantise(group, i)));
+      std::int8_t values[group_values];
+      CHECK(std::isnan(quantise_w8(y, group_values, values)));
+      for (const std::int8_t v : values) CHECK(v == 0);
+    }
+}
+
 template <class Block>
 void check_not_finite() {
   for (const float bad : {std::numeric_limits<float>::quiet_NaN(), std::numeric_limits<float>::infinity(), -std::numeric_limits<float>::infinity()})
@@ -122,6 +194,8 @@ TEST_CASE("a tensor of blocks: its bytes, elements, stretches and rows") {
   CHECK(dtype_bytes(DType::q8, 64) == 68);
   CHECK(dtype_bytes(DType::q4, 33) == 36);
   CHECK(dtype_bytes(DType::bf16, 33) == 66);
+  CHECK(dtype_bytes(DType::q4_128, 129) == 132);
+  CHECK(dtype_bytes(DType::w8a8, 33) == 33);
 }
 
 }  // namespace

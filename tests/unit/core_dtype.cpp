@@ -103,7 +103,7 @@ TEST_CASE("names and sizes") {
   };
   for (const Row& row : {Row{DType::f64, "f64", 8}, Row{DType::f32, "f32", 4}, Row{DType::f16, "f16", 2}, Row{DType::bf16, "bf16", 2},
                          Row{DType::i64, "i64", 8}, Row{DType::i32, "i32", 4}, Row{DType::i16, "i16", 2}, Row{DType::i8, "i8", 1},
-                         Row{DType::u8, "u8", 1}, Row{DType::boolean, "bool", 1}, Row{DType::q8, "q8", 0}, Row{DType::q4, "q4", 0}, Row{DType::native, "native", 0}, Row{DType::inherit, "inherit", 0}}) {
+                         Row{DType::u8, "u8", 1}, Row{DType::boolean, "bool", 1}, Row{DType::q8, "q8", 0}, Row{DType::q4, "q4", 0}, Row{DType::q4_128, "q4_128", 0}, Row{DType::w8a8, "w8a8", 0}, Row{DType::native, "native", 0}, Row{DType::inherit, "inherit", 0}}) {
     CHECK(std::string(dtype_name(row.dtype)) == row.name);
     CHECK(dtype_size(row.dtype) == row.size);
   }

@@ -11,8 +11,9 @@
 // and 2^-126·k for products that underflow (the BF16 instruction flushes subnormals).
 //
 // With weights in blocks x is rounded to blocks of 8 bits, each row for itself. The oracle gets the rounded x; then all sums inside a
-// block are exact, and a block's sum is rounded when it is multiplied by its two scales and added: 3 roundings per block of 32 inputs
-// at most. That the rounding of x itself is what it should be, half a step at most, is a test of its own.
+// block are exact, and a block's sum is rounded when it is multiplied by its two scales and added: 3 roundings per block (32 inputs, 128 in
+// q4_128, the row in w8a8) at most; a sum of more than 2^24 is rounded when it becomes an f32: one more. Of w8a8, whose scales are f32, the
+// oracle's weights are rounded too, and packing them again can give the scale's neighbour: two more. That the rounding of x itself is what it should be, half a step at most, is a test of its own.
 #include <doctest/doctest.h>
 
 #include <m2lm/core.hpp>
@@ -56,7 +57,7 @@ struct Data {
       Tensor<float> t(Shape{end - begin, p.k});
       std::copy(w.data() + begin * p.k, w.data() + end * p.k, t.data());
       // In the checkpoint's own dtype: bf16 values come as bf16.
-      if (format == DType::f32) return AnyTensor(std::move(t));
+      if (format == DType::f32 || (is_quantised(format) && !is_block_format(format))) return AnyTensor(std::move(t));
       // Values that blocks hold make the same blocks again; so they may come either way.
       if (is_block_format(format)) return p.k % block_values == 0 && end % 2 == 0 ? in_blocks(t, format) : AnyTensor(std::move(t));
       Tensor<Bf16> b(t.shape());
@@ -139,11 +140,11 @@ Tensor<double> as_seen(const Tensor<float>& x, DType format) {
   Tensor<double> out = converted<double>(x);
   if (format == DType::bf16)
     for (double& v : out.span()) v = static_cast<double>(rounded(static_cast<float>(v), DType::bf16));
-  if (!is_block_format(format)) return out;
-  const std::int64_t columns = x.shape()[1];
+  if (!is_quantised(format)) return out;
+  const std::int64_t columns = x.shape()[1], block = scale_inputs(format, columns);
   for (std::int64_t row = 0; row < x.shape()[0]; ++row)
-    for (std::int64_t first = 0; first < columns; first += block_values) {
-      const std::int64_t begin = row * columns + first, end = begin + std::min(block_values, columns - first);
+    for (std::int64_t first = 0; first < columns; first += block) {
+      const std::int64_t begin = row * columns + first, end = begin + std::min(block, columns - first);
       float largest = 0;
       for (std::int64_t i = begin; i < end; ++i) largest = std::max(largest, std::abs(x.data()[i]));
       const float scale = largest / 127.0F, inverse = scale > 0 ? 1.0F / scale : 0.0F;
@@ -152,10 +153,15 @@ Tensor<double> as_seen(const Tensor<float>& x, DType format) {
   return out;
 }
 
+/// Roundings of a sum of products with weights that are integers.
+double roundings_of(std::int64_t k, DType format) {
+  return 4 * std::ceil(static_cast<double>(k) / static_cast<double>(scale_inputs(format, k))) + (format == DType::w8a8 ? 2 : 0);
+}
+
 /// What the kernels of `format` do with the data, by the oracle.
 Expected expected_of(const Problem& p, const Data& data, DType format, bool rounds_to_bf16) {
   const auto k = static_cast<double>(p.k);
-  if (is_block_format(format)) return expected(p, data, as_seen(data.x, format), 3 * std::ceil(k / static_cast<double>(block_values)));
+  if (is_quantised(format)) return expected(p, data, as_seen(data.x, format), roundings_of(p.k, format));
   return rounds_to_bf16 ? expected(p, data, as_seen(data.x, DType::bf16), k) : expected(p, data, data.x, 2 * k);
 }
 
@@ -307,11 +313,12 @@ TEST_CASE("linear: the levels that compute alike agree bit by bit") {
 TEST_CASE("linear: weights in blocks see each input to half a step of its block, and no worse") {
   Random random(305);
   const Problem p{.m = 5, .n = 40, .k = 300, .first_rows = 40};
-  for (const DType format : {DType::q8, DType::q4}) {
+  for (const DType format : quantised_formats) {
+    const std::int64_t block = scale_inputs(format, p.k);
     Data data(p, format, random);
     // Blocks of very different size side by side: a step is that of its own block.
     for (std::int64_t i = 0; i < data.x.elements(); ++i) data.x.data()[i] *= std::ldexp(1.0F, static_cast<int>(i % p.k / block_values * 7) - 30);
-    const Expected exact = expected(p, data, data.x, 3 * std::ceil(static_cast<double>(p.k) / static_cast<double>(block_values)));
+    const Expected exact = expected(p, data, data.x, roundings_of(p.k, format));
     for (const Variant& variant : variants(format)) {
       Runner<Cpu> cpu(Cpu(variant.options(2)));
       const PackedMatrix w = ops::pack(cpu.ctx, std::span<const AnyTensor>(data.sources), format);
@@ -321,9 +328,9 @@ TEST_CASE("linear: weights in blocks see each input to half a step of its block,
       for (std::int64_t i = 0; i < p.m; ++i)
         for (std::int64_t j = 0; j < p.n; ++j) {
           double steps = 0;
-          for (std::int64_t first = 0; first < p.k; first += block_values) {
+          for (std::int64_t first = 0; first < p.k; first += block) {
             double largest = 0, weights = 0;
-            for (std::int64_t c = first; c < std::min(p.k, first + block_values); ++c) {
+            for (std::int64_t c = first; c < std::min(p.k, first + block); ++c) {
               largest = std::max(largest, static_cast<double>(std::abs(data.x.data()[i * p.k + c])));
               weights += std::abs(data.weight.data()[j * p.k + c]);
             }
@@ -341,7 +348,7 @@ TEST_CASE("linear: weights in blocks, and inputs that are zero, not finite or ha
   constexpr float infinity = std::numeric_limits<float>::infinity(), nan = std::numeric_limits<float>::quiet_NaN();
   Random random(306);
   const Problem p{.m = 6, .n = 35, .k = 70, .first_rows = 35};
-  for (const DType format : {DType::q8, DType::q4}) {
+  for (const DType format : quantised_formats) {
     Data data(p, format, random);
     const auto row = [&](std::int64_t i) { return data.x.span().subspan(static_cast<std::size_t>(i * p.k), static_cast<std::size_t>(p.k)); };
     for (float& v : row(1)) v = 0;
@@ -392,6 +399,79 @@ TEST_CASE("pack: blocks of a checkpoint are packed bit for bit") {
   check_blocks(random_blocks(DType::q4), Q4Block{}, Q4Block{});
 }
 
+TEST_CASE("pack: where q4_128 and w8a8 have a weight, and that it is the nearest that its scale allows") {
+  Random random(309);
+  constexpr std::int64_t rows = 37, columns = 300;
+  Runner<Cpu> cpu(Cpu(CpuOptions{.threads = 2}));
+  const Tensor<float> values = random_tensor<float>(random, Shape{rows, columns});
+  const AnyTensor source(values.clone());
+  const auto value = [&](std::int64_t row, std::int64_t c) { return c < columns ? values.data()[row * columns + c] : 0.0F; };
+  {
+    const PackedMatrix w = ops::pack(cpu.ctx, std::span(&source, 1), DType::q4_128);
+    constexpr std::int64_t tile_bytes = 16 * 128 / 2 + 16 * 2, tiles = 3;  // 300 inputs are three groups
+    CHECK(w.bytes == 4 * tiles * tile_bytes);                              // 37 rows are four strips of 16
+    for (std::int64_t row = 0; row < rows; ++row)
+      for (std::int64_t c = 0; c < tiles * group_values; ++c) {
+        float group[group_values];
+        for (std::int64_t i = 0; i < group_values; ++i) group[i] = value(row, c / group_values * group_values + i);
+        const Q4Group expected = quantise_q4_128(group);
+        const std::byte* tile = w.data.get() + (row / 16 * tiles + c / group_values) * tile_bytes;
+        const std::int64_t in_piece = c % 32, at = c % group_values / 32 * 256 + in_piece % 16 / 4 * 64 + row % 16 * 4 + in_piece % 4;
+        const auto byte = static_cast<unsigned>(tile[at]);
+        CHECK(static_cast<int>(in_piece < 16 ? byte & 15U : byte >> 4U) - 8 == expected.value(c % group_values));
+        Half scale;
+        std::memcpy(&scale.bits, tile + 1024 + row % 16 * 2, 2);
+        CHECK(scale == expected.scale);
+      }
+  }
+  {
+    const PackedMatrix w = ops::pack(cpu.ctx, std::span(&source, 1), DType::w8a8);
+    constexpr std::int64_t k = 320, strip_bytes = k * 16 + 16 * 4;
+    CHECK(w.bytes == 4 * strip_bytes);
+    for (std::int64_t row = 0; row < rows; ++row) {
+      float largest = 0, scale = 0;
+      for (std::int64_t c = 0; c < columns; ++c) largest = std::max(largest, std::abs(value(row, c)));
+      const std::byte* strip = w.data.get() + row / 16 * strip_bytes;
+      std::memcpy(&scale, strip + k * 16 + row % 16 * 4, 4);
+      CHECK(scale == largest / 127.0F);
+      for (std::int64_t c = 0; c < k; ++c) {
+        const int held = static_cast<int>(strip[c / 4 * 64 + row % 16 * 4 + c % 4]) - 128;
+        CHECK(std::abs(static_cast<double>(value(row, c)) - static_cast<double>(scale) * held) <= static_cast<double>(scale) / 2 * (1 + 0x1.0p-15));
+      }
+    }
+  }
+}
+
+TEST_CASE("linear: w8a8 sums as many inputs as it takes exactly, and refuses more") {
+  // All products are 127 · 127, and the sums of the bytes as they are stored reach 2^31 - 2^24.
+  const std::int64_t k = detail::most_row_inputs;
+  const auto filled = [](Shape shape, float value) {
+    Tensor<float> t(shape);
+    for (float& v : t.span()) v = value;
+    return t;
+  };
+  const AnyTensor ones(filled(Shape{2, k}, 1)), more(filled(Shape{1, k + 1}, 1));
+  Tensor<float> x = filled(Shape{2, k}, 3);
+  for (std::int64_t c = 0; c < k; ++c) x.data()[k + c] = -3;
+  for (const Variant& variant : variants(DType::w8a8)) {
+    Runner<Cpu> cpu(Cpu(variant.options(1)));
+    const PackedMatrix w = ops::pack(cpu.ctx, std::span(&ones, 1), DType::w8a8);
+    Tensor<float> y(Shape{2, 2});
+    ops::linear(cpu.ctx, matrix(x), w, {}, y.view<2>());
+    const double expected = 3 * static_cast<double>(k);
+    for (int i = 0; i < 4; ++i)
+      CHECK_MESSAGE(std::abs(static_cast<double>(y.data()[i]) - (i < 2 ? expected : -expected)) <= 8 * u32 * expected, label(variant, DType::w8a8), " ", y.data()[i]);
+  }
+  Runner<Cpu> cpu(Cpu(CpuOptions{.threads = 1}));
+  try {
+    ops::pack(cpu.ctx, std::span(&more, 1), DType::w8a8);
+    FAIL("packed");
+  } catch (const OptionError& error) {
+    CHECK(std::string(error.what()).find("131073 inputs") != std::string::npos);
+    CHECK(std::string(error.what()).find("131072") != std::string::npos);
+  }
+}
+
 TEST_CASE("pack: blocks stay as they are unless f32 is asked for, or fewer bits; a mix goes to 8 bits, which hold what 4 do") {
   Random random(308);
   constexpr std::int64_t rows = 16, columns = 64;
@@ -408,6 +488,12 @@ TEST_CASE("pack: blocks stay as they are unless f32 is asked for, or fewer bits;
   CHECK(packed({q4, q8, q4}, DType::bf16) == DType::q8);
   CHECK(packed({q4, f32}, DType::bf16) == DType::bf16);
   CHECK(packed({q4, f32}, DType::q8) == DType::q8);
+  // Bits per weight: q4_128 4.1, q4 4.5, w8a8 8, q8 8.5.
+  for (const AnyTensor& source : {q4, q8, f32}) CHECK(packed({source}, DType::q4_128) == DType::q4_128);
+  CHECK(packed({q4}, DType::w8a8) == DType::q4);
+  CHECK(packed({q8}, DType::w8a8) == DType::w8a8);
+  CHECK(packed({q4, q8}, DType::w8a8) == DType::w8a8);
+  CHECK(packed({f32, q4}, DType::w8a8) == DType::w8a8);
   const AnyTensor mix[] = {q8, q4};
   const PackedMatrix w = ops::pack(cpu.ctx, std::span<const AnyTensor>(mix), DType::bf16);
   for (std::int64_t row = 0; row < 2 * rows; ++row)
@@ -472,7 +558,7 @@ TEST_CASE("linear and pack: errors name both sides") {
   contains(message_of<ShapeError>([&] { ops::pack(cpu.ctx, std::span<const AnyTensor>(ab), DType::f32); }), {"[4, 7]", "[4, 6]"});
   contains(message_of<ShapeError>([&] { ops::pack(cpu.ctx, std::span<const AnyTensor>(ac), DType::f32, true); }), {"same number of rows"});
   contains(message_of<ShapeError>([&] { ops::pack(cpu.ctx, std::span(&vector, 1), DType::f32); }), {"[6]"});
-  contains(message_of<OptionError>([&] { ops::pack(cpu.ctx, std::span(&a, 1), DType::i8); }), {"i8", "f32, bf16, q8 and q4"});
+  contains(message_of<OptionError>([&] { ops::pack(cpu.ctx, std::span(&a, 1), DType::i8); }), {"i8", "f32, bf16, q8, q4, q4_128 and w8a8"});
 }
 
 }  // namespace

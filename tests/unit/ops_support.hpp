@@ -35,7 +35,14 @@ inline std::vector<IsaLevel> levels() {
 
 /// Formats of keys and values; and those of weights.
 inline constexpr std::array<DType, 2> formats{DType::f32, DType::bf16};
-inline constexpr std::array<DType, 4> weight_formats{DType::f32, DType::bf16, DType::q8, DType::q4};
+inline constexpr std::array<DType, 6> weight_formats{DType::f32, DType::bf16, DType::q8, DType::q4, DType::q4_128, DType::w8a8};
+inline constexpr std::array<DType, 4> quantised_formats{DType::q8, DType::q4, DType::q4_128, DType::w8a8};
+
+/// Inputs of a row that share a scale.
+inline std::int64_t scale_inputs(DType format, std::int64_t columns) {
+  const std::int64_t inputs = detail::quantised_format(format).scale_inputs;
+  return inputs == 0 ? std::max<std::int64_t>(columns, 1) : inputs;
+}
 
 /// A level, and which of its ways to multiply bf16 (they differ at avx512_bf16 and amx) and bytes (where the machine has VNNI).
 struct Variant {
@@ -49,8 +56,8 @@ struct Variant {
 inline std::vector<Variant> variants(DType format) {
   std::vector<Variant> out;
   for (const IsaLevel level : levels()) {
-    out.push_back({level, false, !is_block_format(format)});
-    if (is_block_format(format) && detail::has_int8_dot(level)) out.push_back({level, false, true});
+    out.push_back({level, false, !is_quantised(format)});
+    if (is_quantised(format) && detail::has_int8_dot(level)) out.push_back({level, false, true});
   }
   for (const IsaLevel level : levels())
     if (format == DType::bf16 && level >= IsaLevel::avx512_bf16) out.push_back({level, true});
@@ -91,16 +98,25 @@ class Random {
   }
 };
 
-/// The values of a row, rounded to blocks (the last one is filled up with zeros).
+/// The values of a row, rounded to what shares a scale (the last block or group is filled up with zeros).
 inline std::vector<float> rounded_to_blocks(std::span<const float> row, DType format) {
   std::vector<float> out(row.size());
-  for (std::size_t first = 0; first < row.size(); first += block_values) {
-    const std::size_t count = std::min(row.size() - first, static_cast<std::size_t>(block_values));
-    float block[block_values] = {};
+  if (format == DType::w8a8) {
+    std::vector<std::int8_t> values(row.size());
+    const float scale = quantise_w8(row.data(), static_cast<std::int64_t>(row.size()), values.data());
+    for (std::size_t i = 0; i < row.size(); ++i) out[i] = scale * static_cast<float>(values[i]);
+    return out;
+  }
+  const auto block_size = static_cast<std::size_t>(scale_inputs(format, 0));
+  for (std::size_t first = 0; first < row.size(); first += block_size) {
+    const std::size_t count = std::min(row.size() - first, block_size);
+    float block[group_values] = {};
     std::copy_n(row.data() + first, count, block);
     for (std::size_t i = 0; i < count; ++i) {
       const auto at = static_cast<std::int64_t>(i);
-      out[first + i] = format == DType::q8 ? dequantise(quantise_q8(block), at) : dequantise(quantise_q4(block), at);
+      out[first + i] = format == DType::q8   ? dequantise(quantise_q8(block), at)
+                       : format == DType::q4 ? dequantise(quantise_q4(block), at)
+                                             : dequantise(quantise_q4_128(block), at);
     }
   }
   return out;
@@ -111,7 +127,7 @@ template <class T>
 Tensor<T> random_tensor(Random& random, Shape shape, DType format = DType::f32, double scale = 1) {
   Tensor<T> out(shape);
   for (T& x : out.span()) x = static_cast<T>(rounded(random.value() * static_cast<float>(scale), format));
-  if (is_block_format(format)) {
+  if (is_quantised(format)) {
     const std::int64_t columns = ops::columns_of(shape);
     std::vector<float> row(static_cast<std::size_t>(columns));
     for (std::int64_t i = 0; i < (columns > 0 ? shape[0] : 0); ++i) {
@@ -218,7 +234,7 @@ struct Runner {
 };
 
 inline std::string label(const Variant& variant, DType format) {
-  return concat(isa_name(variant.level), variant.bf16_dot || (variant.int8_dot && is_block_format(format)) ? " dot " : " ", dtype_name(format));
+  return concat(isa_name(variant.level), variant.bf16_dot || (variant.int8_dot && is_quantised(format)) ? " dot " : " ", dtype_name(format));
 }
 
 /// Keys and values of one layer with their memory. Never moved: the views point into it.

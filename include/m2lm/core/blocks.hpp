@@ -1,4 +1,4 @@
-// Blocks of 32 values with one scale, in 8 and in 4 bits: how q8 and q4 are stored, made and read.
+// Values of 8 and of 4 bits that share a scale: blocks of 32 (q8, q4: stored so), groups of 128 (q4_128) and rows (w8a8), which are made here.
 // Floor: core. May include: config, core.
 #pragma once
 
@@ -35,6 +35,19 @@ struct Q4Block {
   }
 };
 
+/// 128 values of 4 bits: value i is scale · (q - 8), q in 0 … 15. Bytes 16s … 16s + 15 of `pairs` are those of a Q4Block of values 32s on.
+struct Q4Group {
+  static constexpr DType dtype = DType::q4_128;
+  Half scale;
+  std::array<std::uint8_t, group_values / 2> pairs{};
+
+  constexpr int value(std::int64_t i) const {
+    const unsigned pair = pairs[static_cast<std::size_t>(i / 32 * 16 + i % 16)];
+    return static_cast<int>(i % 32 < 16 ? pair & 15U : pair >> 4U) - 8;
+  }
+};
+
+static_assert(sizeof(Q4Group) == dtype_bytes(DType::q4_128, group_values));
 static_assert(sizeof(Q8Block) == dtype_bytes(DType::q8, block_values) && sizeof(Q4Block) == dtype_bytes(DType::q4, block_values));
 
 namespace detail {
@@ -42,10 +55,10 @@ namespace detail {
 // Builtins: every tensor's header reaches this one, and <cmath> and <algorithm> are 20,000 lines.
 
 /// The value of largest magnitude, the first of several; NaN if one of the values is not finite.
-inline float extreme_value(const float* x) {
+inline float extreme_value(const float* x, std::int64_t count = block_values) {
   float extreme = 0;
   bool finite = true;
-  for (std::int64_t i = 0; i < block_values; ++i) {
+  for (std::int64_t i = 0; i < count; ++i) {
     finite = finite && __builtin_isfinite(x[i]);
     if (__builtin_fabsf(x[i]) > __builtin_fabsf(extreme)) extreme = x[i];
   }
@@ -92,11 +105,67 @@ inline Q4Block quantise_q4(const float* x) {
   return block;
 }
 
+/// Parts of the extreme value of a group that its step may be: those that leave room for the extreme (7, on the wrong side too), meet it
+/// (8), or cut it off, which costs less than a coarse step where it stands alone.
+inline constexpr float group_steps[] = {7.0F, 7.5F, 8.0F, 8.5F, 9.0F, 10.0F, 11.0F, 12.0F};
+
+/// Rounds 128 values to a group: for each of group_steps the nearest multiples of -extreme/steps in -8 … 7, and for those the scale of
+/// least squared error, Σ x·q / Σ q², in f16; the best of them (on normally distributed values 12 % less squared error than the step of
+/// quantise_q4). A group with NaN or infinity becomes all NaN. Sums are of exact products, in double and in a fixed order.
+inline Q4Group quantise_q4_128(const float* x) {
+  const float extreme = detail::extreme_value(x, group_values);
+  // What stays where no step is of use: of values hardly there 0, of those beyond f16 infinity.
+  Q4Group best{.scale = to_half(__builtin_fabsf(extreme) < 1.0F ? 0.0F : extreme)};
+  if (extreme != extreme) return best;
+  double most = 0;
+  for (const float steps : group_steps) {
+    const float inverse = detail::inverse_step(extreme / -steps);
+    float scaled[group_values];
+    for (std::int64_t i = 0; i < group_values; ++i) scaled[i] = x[i] * inverse;
+    asm volatile("" : : "r"(scaled) : "memory");  // no compiler contracts the product and the sum below
+    std::int32_t q[group_values];
+    for (std::int64_t i = 0; i < group_values; ++i) {
+      const float shifted = scaled[i] + 8.5F;
+      const float cut = shifted < 0.0F ? 0.0F : shifted;
+      q[i] = static_cast<std::int32_t>(cut < 15.0F ? cut : 15.0F) - 8;
+    }
+    double products[8] = {};
+    std::int32_t squares = 0;
+    for (std::int64_t i = 0; i < group_values; i += 8)
+      for (std::int64_t j = 0; j < 8; ++j) {
+        products[j] += static_cast<double>(x[i + j]) * q[i + j];
+        squares += q[i + j] * q[i + j];
+      }
+    const double product = ((products[0] + products[4]) + (products[2] + products[6])) + ((products[1] + products[5]) + (products[3] + products[7]));
+    const Half scale = to_half(static_cast<float>(product / (squares > 0 ? squares : 1)));
+    const double s = static_cast<double>(to_float(scale)), gain = s * (2 * product - s * squares);  // Σ x² less the squared error
+    if (!(gain > most)) continue;
+    most = gain;
+    best.scale = scale;
+    for (std::int64_t i = 0; i < group_values; i += 32)
+      for (std::int64_t j = 0; j < 16; ++j)
+        best.pairs[static_cast<std::size_t>(i / 2 + j)] = static_cast<std::uint8_t>((q[i + j] + 8) | (q[i + j + 16] + 8) << 4);
+  }
+  return best;
+}
+
+/// Rounds a row of weights to bytes: scale = max |x| / 127, returned; each value to the nearest multiple, halves away from zero. A row
+/// with NaN or infinity has scale NaN.
+inline float quantise_w8(const float* x, std::int64_t count, std::int8_t* values) {
+  const float extreme = detail::extreme_value(x, count);
+  const float step = __builtin_fabsf(extreme) / 127.0F;
+  const float inverse = extreme == extreme ? detail::inverse_step(step) : 0.0F;
+  for (std::int64_t i = 0; i < count; ++i) values[i] = inverse == 0.0F ? std::int8_t{0} : static_cast<std::int8_t>(__builtin_roundf(x[i] * inverse));
+  return step;
+}
+
 /// Either, by the type of block.
 template <class Block>
 Block quantise(const float* x) {
   if constexpr (Block::dtype == DType::q8)
     return quantise_q8(x);
+  else if constexpr (Block::dtype == DType::q4_128)
+    return quantise_q4_128(x);
   else
     return quantise_q4(x);
 }

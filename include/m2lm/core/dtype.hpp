@@ -13,8 +13,10 @@
 namespace m2lm {
 
 /// What a stored element is. `inherit` is a policy's "as the one above me"; `native` is the scalar of a Reference<T> backend.
-/// `q8` and `q4` come in blocks of 32 values that share a scale (see core/blocks.hpp).
-enum class DType : std::uint8_t { inherit, native, f64, f32, f16, bf16, i64, i32, i16, i8, u8, boolean, q8, q4 };
+/// `q8` and `q4` come in blocks of 32 values that share a scale (see core/blocks.hpp). `q4_128` and `w8a8` are forms that weights are
+/// packed in, not stored: 4 bits in groups of 128 inputs that share a scale, and 8 bits with one scale per output, where what is
+/// multiplied by them is rounded to 8 bits too, with one scale per 128 inputs and per row.
+enum class DType : std::uint8_t { inherit, native, f64, f32, f16, bf16, i64, i32, i16, i8, u8, boolean, q8, q4, q4_128, w8a8 };
 
 /// Name as users write it on command lines and as messages print it.
 constexpr std::string_view dtype_name(DType dtype) {
@@ -33,25 +35,32 @@ constexpr std::string_view dtype_name(DType dtype) {
     case DType::boolean: return "bool";
     case DType::q8: return "q8";
     case DType::q4: return "q4";
+    case DType::q4_128: return "q4_128";
+    case DType::w8a8: return "w8a8";
   }
   return "?";
 }
 
 /// Values of a block of q8 or q4.
 inline constexpr std::int64_t block_values = 32;
+/// Values of a group of q4_128.
+inline constexpr std::int64_t group_values = 128;
 
 /// Whether elements come in blocks: then only whole blocks have a size.
 constexpr bool is_block_format(DType dtype) { return dtype == DType::q8 || dtype == DType::q4; }
 
-/// What is held beside weights of `format` but not in blocks, as keys and values are: bf16 for those in blocks.
-constexpr DType plain_format(DType format, DType plain = DType::bf16) { return is_block_format(format) ? plain : format; }
+/// Whether weights packed in a format are integers with scales.
+constexpr bool is_quantised(DType dtype) { return is_block_format(dtype) || dtype == DType::q4_128 || dtype == DType::w8a8; }
+
+/// What is held beside weights of `format` but not as integers, as keys and values are: bf16 for those that are.
+constexpr DType plain_format(DType format, DType plain = DType::bf16) { return is_quantised(format) ? plain : format; }
 
 /// Whether elements stand for real numbers: what weights may be.
 constexpr bool is_floating(DType dtype) {
   return dtype == DType::f64 || dtype == DType::f32 || dtype == DType::f16 || dtype == DType::bf16 || is_block_format(dtype);
 }
 
-/// Bytes per stored element; 0 where there are none (inherit, native) and where elements have no whole number of bytes (q8, q4: use
+/// Bytes per stored element; 0 where there are none (inherit, native) and where elements have scales too (q8, q4, q4_128, w8a8: use
 /// dtype_bytes).
 constexpr std::size_t dtype_size(DType dtype) {
   switch (dtype) {
@@ -67,14 +76,19 @@ constexpr std::size_t dtype_size(DType dtype) {
     case DType::boolean: return 1;
     case DType::q8:
     case DType::q4:
+    case DType::q4_128:
+    case DType::w8a8:
     case DType::inherit:
     case DType::native: break;
   }
   return 0;
 }
 
-/// Bytes of `elements` elements; of q8 and q4, of the blocks that hold them: 34 and 18 for 32 values and their scale.
+/// Bytes of `elements` elements; of q8 and q4, of the blocks that hold them: 34 and 18 for 32 values and their scale; of q4_128, 66 for a
+/// group; of w8a8, without the scales of rows.
 constexpr std::size_t dtype_bytes(DType dtype, std::int64_t elements) {
+  if (dtype == DType::w8a8) return static_cast<std::size_t>(elements);
+  if (dtype == DType::q4_128) return static_cast<std::size_t>((elements + group_values - 1) / group_values) * 66;
   if (!is_block_format(dtype)) return static_cast<std::size_t>(elements) * dtype_size(dtype);
   return static_cast<std::size_t>((elements + block_values - 1) / block_values) * (dtype == DType::q8 ? 34 : 18);
 }

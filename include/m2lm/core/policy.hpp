@@ -9,8 +9,8 @@
 
 namespace m2lm {
 
-/// What to pack by default, separately for each kind of tensor. `inherit` follows `weights`; with one exception: weights in blocks (q8,
-/// q4) are the decoder's and its head's alone, where encoders, projectors and the KV cache inherit bf16.
+/// What to pack by default, separately for each kind of tensor. `inherit` follows `weights`; with one exception: weights as integers
+/// (q8, q4, q4_128, w8a8) are the decoder's and its head's alone, where encoders, projectors and the KV cache inherit bf16.
 struct Precision {
   DType weights = DType::bf16;
   DType encoders = DType::inherit;
@@ -21,7 +21,7 @@ struct Precision {
 
   /// `part` itself, or `weights` where it inherits.
   constexpr DType resolve(DType part) const { return part == DType::inherit ? weights : part; }
-  /// The same for a part that does not inherit blocks.
+  /// The same for a part that does not inherit integers.
   constexpr DType resolve_plain(DType part, DType plain = DType::bf16) const { return part == DType::inherit ? plain_format(weights, plain) : part; }
 };
 

@@ -174,6 +174,8 @@ class AnyTensor {
       case DType::boolean: return static_cast<double>(load(std::uint8_t{}));
       case DType::q8: return static_cast<double>(dequantise(load_block<Q8Block>(data_, i / block_values), i % block_values));
       case DType::q4: return static_cast<double>(dequantise(load_block<Q4Block>(data_, i / block_values), i % block_values));
+      case DType::q4_128:
+      case DType::w8a8:
       case DType::inherit:
       case DType::native: break;
     }

@@ -70,6 +70,8 @@ M2LM_IMPL std::string_view safetensors_name(DType dtype) {
     case DType::boolean: return "BOOL";
     case DType::q8:
     case DType::q4:
+    case DType::q4_128:
+    case DType::w8a8:
     case DType::inherit:
     case DType::native: break;
   }

@@ -329,7 +329,7 @@ Model<B, P, D, C...> Model<B, P, D, C...>::load(detail::ModelFiles files, B back
     for_each_parameter(collect, component);
     const Precision own = component.precision_of(precision);
     const DType encoder = own.resolve_plain(own.encoders, plain_format_on<B>), projector = own.resolve_plain(own.projectors, plain_format_on<B>);
-    formats.resize(parameters.size(), dtype_bytes(encoder, block_values) < dtype_bytes(projector, block_values) ? projector : encoder);
+    formats.resize(parameters.size(), dtype_bytes(encoder, group_values) < dtype_bytes(projector, group_values) ? projector : encoder);
   };
   std::apply([&](auto&... c) { (add_component(c), ...); }, state.component);
   state.report = detail::bind_parameters(parameters, state.files.checkpoint, hugging_face_names);

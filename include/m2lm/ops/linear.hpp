@@ -31,22 +31,22 @@ constexpr std::int64_t columns_of(const Shape& shape) {
 }
 
 /// The format that tensors are packed in when `asked` is wanted. Weights that a checkpoint holds in blocks have no more bits than those:
-/// they stay in their blocks, with the same values, unless f32 is asked for or fewer bits. So a mixed checkpoint keeps its mix. Where
-/// q8 and q4 are packed below each other, q8 holds the values of both.
+/// they stay in their blocks, with the same values, unless f32 is asked for or fewer bits (of q8, w8a8's are fewer; q4_128's are the
+/// fewest). So a mixed checkpoint keeps its mix. Where q8 and q4 are packed below each other, q8 holds the values of both.
 inline DType format_to_pack(std::span<const AnyTensor> sources, DType asked) {
-  if (asked == DType::f32 || asked == DType::q4) return asked;
+  if (asked == DType::f32) return asked;
   DType held = DType::q4;
   for (const AnyTensor& t : sources) {
     if (!is_block_format(t.dtype())) return asked;
     if (t.dtype() == DType::q8) held = DType::q8;
   }
-  return held;
+  return dtype_bytes(asked, group_values) < dtype_bytes(held, group_values) ? asked : held;
 }
 
 /// About the bytes of a matrix in a packed form: rows of whole blocks.
 inline std::size_t packed_bytes(DType format, const Shape& shape) {
   const std::int64_t columns = columns_of(shape);
-  return static_cast<std::size_t>(shape[0]) * dtype_bytes(format, columns);
+  return static_cast<std::size_t>(shape[0]) * (dtype_bytes(format, columns) + (format == DType::w8a8 ? sizeof(float) : 0));
 }
 
 /// Packs the rows of `sources` below each other into the backend's form. requires sources of rank >= 2, equal products of the

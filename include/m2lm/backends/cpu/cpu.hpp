@@ -22,7 +22,7 @@ struct CpuOptions {
   std::optional<IsaLevel> max_isa = {};    ///< never use more than this; default: default_isa()
   /// bf16 weights: round activations to bf16 and multiply those, at levels avx512_bf16 (VDPBF16PS) and amx; default: at amx, and on AMD.
   std::optional<bool> bf16_dot = {};
-  bool int8_dot = true;  ///< q8 and q4 weights: use VPDPBUSD where level and machine have it; no bit of a result depends on it
+  bool int8_dot = true;  ///< weights that are integers: use VPDPBUSD where level and machine have it; no bit of a result depends on it
 };
 
 /// A pool of threads and a kernel table. Copies share both; so do models made from one backend.

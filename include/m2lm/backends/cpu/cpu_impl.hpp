@@ -6,6 +6,7 @@
 
 #include <algorithm>
 #include <cstring>
+#include <vector>
 
 namespace m2lm {
 
@@ -23,7 +24,7 @@ namespace detail {
 /// The kernels of a format of weights. throws OptionError naming the formats there are.
 inline const FormatKernels& cpu_format(const Cpu& cpu, DType format) {
   const FormatKernels* kernels = cpu.kernels().format(format);
-  require<OptionError>(kernels != nullptr, "m2lm::Cpu: no kernels for weights in ", dtype_name(format), "; there are f32, bf16, q8 and q4");
+  require<OptionError>(kernels != nullptr, "m2lm::Cpu: no kernels for weights in ", dtype_name(format), "; there are f32, bf16, q8, q4, q4_128 and w8a8");
   return *kernels;
 }
 
@@ -91,7 +92,8 @@ inline void pack_panel(const PackedRows& from, DType format, std::int64_t panel,
 /// Block `b` of a row. One that is stored in the same format is taken as it is; so is one of 4 bits for 8, whose values are the same.
 template <class Block>
 Block block_of(const AnyTensor& source, std::int64_t row, std::int64_t cols, std::int64_t b) {
-  const std::int64_t first = row * cols + b * block_values;
+  constexpr std::int64_t count = Block::dtype == DType::q4_128 ? group_values : block_values;
+  const std::int64_t first = row * cols + b * count;
   if (source.dtype() == Block::dtype) return load_block<Block>(source.data(), first / block_values);
   if constexpr (Block::dtype == DType::q8)
     if (source.dtype() == DType::q4) {
@@ -100,30 +102,53 @@ Block block_of(const AnyTensor& source, std::int64_t row, std::int64_t cols, std
       for (std::int64_t i = 0; i < block_values; ++i) block.values[static_cast<std::size_t>(i)] = static_cast<std::int8_t>(narrow.value(i));
       return block;
     }
-  float values[block_values] = {};
-  source.copy_to(values, first, std::min(block_values, cols - b * block_values));
+  float values[count] = {};
+  source.copy_to(values, first, std::min(count, cols - b * count));
   return quantise<Block>(values);
 }
 
 template <class Block>
 void pack_panel_of_blocks(const PackedRows& from, std::int64_t panel, std::int64_t k, std::byte* to) {
-  const std::int64_t blocks = k / block_values;
+  constexpr QuantisedFormat layout = quantised_format(Block::dtype);
   for (std::int64_t lane = 0; lane < panel_width; ++lane) {
     const auto [source, row] = from.at(panel, lane);
-    std::byte* strip = to + lane / strip_width * blocks * tile_bytes(Block::dtype);
-    for (std::int64_t b = 0; b < blocks; ++b)
+    std::byte* strip = to + lane / strip_width * layout.strip_bytes(k);
+    for (std::int64_t b = 0; b < layout.tiles(k); ++b)
       store_in_tile(source ? block_of<Block>(*source, row, from.cols, b) : Block{}, lane % strip_width, strip + b * tile_bytes(Block::dtype));
+  }
+}
+
+/// One panel of rows of bytes with a scale each.
+inline void pack_panel_of_rows(const PackedRows& from, std::int64_t panel, std::int64_t k, std::byte* to) {
+  constexpr QuantisedFormat layout = quantised_format(DType::w8a8);
+  std::vector<float> x(static_cast<std::size_t>(from.cols));
+  std::vector<std::int8_t> values(static_cast<std::size_t>(k));
+  for (std::int64_t lane = 0; lane < panel_width; ++lane) {
+    const auto [source, row] = from.at(panel, lane);
+    float scale = 0;
+    if (source) {
+      source->copy_to(x.data(), row * from.cols, from.cols);
+      scale = quantise_w8(x.data(), from.cols, values.data());
+    } else {
+      std::fill(values.begin(), values.end(), std::int8_t{0});
+    }
+    std::byte* strip = to + lane / strip_width * layout.strip_bytes(k);
+    for (std::int64_t i = 0; i < k; ++i)
+      strip[at_in_tile(lane % strip_width, i)] = static_cast<std::byte>(values[static_cast<std::size_t>(i)] + layout.offset());
+    std::memcpy(strip + layout.values_bytes(k) + lane % strip_width * layout.scale_bytes, &scale, sizeof(scale));
   }
 }
 
 /// Bytes of a panel with k inputs.
 inline std::size_t panel_bytes(DType format, std::int64_t k) {
-  if (is_block_format(format)) return static_cast<std::size_t>(panel_width / strip_width * (k / block_values) * tile_bytes(format));
+  if (is_quantised(format)) return static_cast<std::size_t>(panel_width / strip_width * quantised_format(format).strip_bytes(k));
   return static_cast<std::size_t>(panel_width * k) * dtype_size(format);
 }
 
 M2LM_IMPL PackedMatrix cpu_pack(const Cpu& cpu, std::span<const AnyTensor> sources, DType format, bool gated) {
   const PackedRows from(sources, gated);
+  require<OptionError>(format != DType::w8a8 || from.cols <= most_row_inputs, "m2lm::Cpu: a weight with ", from.cols, " inputs has no form in w8a8, which adds at most ",
+                       most_row_inputs, " products in 32 bits; use q8");
   const std::int64_t k = round_up(from.cols, cpu_format(cpu, format).k_step), panels = from.panels();
   const std::size_t each = panel_bytes(format, k), bytes = static_cast<std::size_t>(panels) * each;
   auto owner = std::make_shared<AlignedBytes>(aligned_bytes(bytes));
@@ -136,6 +161,10 @@ M2LM_IMPL PackedMatrix cpu_pack(const Cpu& cpu, std::span<const AnyTensor> sourc
         pack_panel_of_blocks<Q8Block>(from, panel, k, to);
       else if (format == DType::q4)
         pack_panel_of_blocks<Q4Block>(from, panel, k, to);
+      else if (format == DType::q4_128)
+        pack_panel_of_blocks<Q4Group>(from, panel, k, to);
+      else if (format == DType::w8a8)
+        pack_panel_of_rows(from, panel, k, to);
       else
         pack_panel(from, format, panel, k, to);
     }
@@ -156,11 +185,16 @@ M2LM_IMPL void cpu_linear(const Cpu& cpu, Arena& arena, Matrix<const float> x, c
               .ld_residual = epilogue.residual.stride(0), .y = y.data(), .ldy = y.stride(0)};
   if (kernels.quantise) {
     job.rows.group = std::min(m, kernels.row_group);
-    job.rows.blocks = k / block_values;
-    const std::int64_t blocks = round_up(m, job.rows.group) * job.rows.blocks;
-    job.rows.values = arena.take<std::int8_t>(blocks * block_values);
-    job.rows.scales = arena.take<float>(blocks);
-    job.rows.starts = arena.take<std::int32_t>(blocks);
+    const QuantisedFormat layout = quantised_format(w.format);
+    job.rows.block = layout.inputs_of_tile(k);
+    job.rows.blocks = layout.tiles(k);
+    job.rows.chunk = layout.chunk;
+    job.rows.chunks = k / layout.chunk;
+    job.rows.offset = layout.offset();
+    const std::int64_t padded = round_up(m, job.rows.group);
+    job.rows.values = arena.take<std::int8_t>(padded * k);
+    job.rows.scales = arena.take<float>(padded * job.rows.blocks);
+    job.rows.starts = arena.take<std::int32_t>(padded * job.rows.blocks);
     cpu_for_rows(cpu, m, m * k, [&](std::int64_t i) { kernels.quantise(x.row(i), w.cols, job.rows, i); });
   }
   const std::size_t scratch_bytes = kernels.gemm_scratch(m);

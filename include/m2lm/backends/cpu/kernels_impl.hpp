@@ -182,13 +182,6 @@ M2LM_IMPL bool has_int8_dot([[maybe_unused]] IsaLevel level) {
 #endif
 }
 
-inline KernelTable with_blocks(KernelTable table, const FormatKernels& q8, const FormatKernels& q4, bool int8_dot) {
-  table.q8 = q8;
-  table.q4 = q4;
-  table.int8_dot = int8_dot;
-  return table;
-}
-
 M2LM_IMPL const KernelTable& kernel_table(IsaLevel level, [[maybe_unused]] bool bf16_dot, [[maybe_unused]] bool int8_dot) {
   // Each table is made by code of its own level, so it is made only when that level is asked for.
   switch (level) {
@@ -198,8 +191,7 @@ M2LM_IMPL const KernelTable& kernel_table(IsaLevel level, [[maybe_unused]] bool 
       const auto table = [](IsaLevel of, bool bf16, bool int8) {
         KernelTable plain = cpu_avx512_bf16::make_table(of, bf16);
         if (of == IsaLevel::amx && bf16) plain.bf16.attention = cpu_avx512_bf16::attention_kernels<cpu_avx512_bf16::AmxProducts>();
-        return int8 ? with_blocks(plain, cpu_avx512::vnni::block_kernels<DType::q8>(), cpu_avx512::vnni::block_kernels<DType::q4>(), true)
-                    : with_blocks(plain, cpu_avx512::shorts::block_kernels<DType::q8>(), cpu_avx512::shorts::block_kernels<DType::q4>(), false);
+        return int8 ? cpu_avx512::vnni::with_blocks(plain, true) : cpu_avx512::shorts::with_blocks(plain, false);
       };
       const auto all = [&table](IsaLevel of) {
         return std::array{table(of, false, false), table(of, false, true), table(of, true, false), table(of, true, true)};
@@ -208,19 +200,15 @@ M2LM_IMPL const KernelTable& kernel_table(IsaLevel level, [[maybe_unused]] bool 
       return (level == IsaLevel::amx ? tiles : vectors)[(bf16_dot ? 2U : 0U) + (int8_dot ? 1U : 0U)];
     }
     case IsaLevel::avx512: {
-      static const KernelTable shorts = with_blocks(cpu_avx512::make_table(level, false), cpu_avx512::shorts::block_kernels<DType::q8>(),
-                                                    cpu_avx512::shorts::block_kernels<DType::q4>(), false);
+      static const KernelTable shorts = cpu_avx512::shorts::with_blocks(cpu_avx512::make_table(level, false), false);
       if (!int8_dot || !has_int8_dot(level)) return shorts;
-      static const KernelTable vnni =
-          with_blocks(shorts, cpu_avx512::vnni::block_kernels<DType::q8>(), cpu_avx512::vnni::block_kernels<DType::q4>(), true);
+      static const KernelTable vnni = cpu_avx512::vnni::with_blocks(shorts, true);
       return vnni;
     }
     case IsaLevel::avx2: {
-      static const KernelTable shorts = with_blocks(cpu_avx2::make_table(level, false), cpu_avx2::shorts::block_kernels<DType::q8>(),
-                                                    cpu_avx2::shorts::block_kernels<DType::q4>(), false);
+      static const KernelTable shorts = cpu_avx2::shorts::with_blocks(cpu_avx2::make_table(level, false), false);
       if (!int8_dot || !has_int8_dot(level)) return shorts;
-      static const KernelTable vnni =
-          with_blocks(shorts, cpu_avx2::vnni::block_kernels<DType::q8>(), cpu_avx2::vnni::block_kernels<DType::q4>(), true);
+      static const KernelTable vnni = cpu_avx2::vnni::with_blocks(shorts, true);
       return vnni;
     }
 #else
@@ -231,8 +219,7 @@ M2LM_IMPL const KernelTable& kernel_table(IsaLevel level, [[maybe_unused]] bool 
 #endif
     case IsaLevel::baseline: break;
   }
-  static const KernelTable table = with_blocks(cpu_baseline::make_table(IsaLevel::baseline, false), cpu_baseline::floats::block_kernels<DType::q8>(),
-                                               cpu_baseline::floats::block_kernels<DType::q4>(), false);
+  static const KernelTable table = cpu_baseline::floats::with_blocks(cpu_baseline::make_table(IsaLevel::baseline, false), false);
   return table;
 }
 

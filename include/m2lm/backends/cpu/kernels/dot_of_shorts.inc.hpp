@@ -9,26 +9,26 @@ inline Ints broadcast_four(const std::int8_t* x) {
 }
 
 // 32 inputs of `width` outputs.
-template <DType format>
+template <std::int64_t bits>
 struct BlockWeights {
-  static constexpr int groups = format == DType::q8 ? 8 : 4;
+  static constexpr int groups = bits == 8 ? 8 : 4;
   Ints w[groups];
 
   [[gnu::always_inline]] explicit BlockWeights(const std::byte* p) {
     M2LM_UNROLL
     for (int j = 0; j < groups; ++j) w[j] = load_ints(p + j * 64);
   }
-  // out[r] = starts[r] + Σ w · (block r of x).
-  template <int rows>
-  [[gnu::always_inline]] void dot(const std::int8_t* x, const std::int32_t* starts, Vec (&out)[rows]) const {
+  // sum[r] += Σ w · (32 inputs of row r of x).
+  template <std::int64_t stride, int rows>
+  [[gnu::always_inline]] void add(const std::int8_t* x, Ints (&sum)[rows]) const {
     M2LM_UNROLL
-    for (int r = 0; r < rows; ++r) out[r] = dot(x + r * block_values, starts[r]);
+    for (int r = 0; r < rows; ++r) sum[r] = added(sum[r], x + r * stride);
   }
 
  private:
-  [[gnu::always_inline]] Vec dot(const std::int8_t* x, std::int32_t start) const {
+  [[gnu::always_inline]] Ints added(Ints sum, const std::int8_t* x) const {
     // q8: the two halves of each weight take the same inputs; q4: those of a byte are 16 inputs apart.
-    constexpr int apart = format == DType::q8 ? 0 : 16;
+    constexpr int apart = bits == 8 ? 0 : 16;
     Ints low = multiply_bytes(low_nibbles(w[0]), broadcast_four(x));
     Ints high = multiply_bytes(high_nibbles(w[0]), broadcast_four(x + apart));
     M2LM_UNROLL
@@ -36,9 +36,9 @@ struct BlockWeights {
       low = add_shorts(low, multiply_bytes(low_nibbles(w[j]), broadcast_four(x + 4 * j)));
       high = add_shorts(high, multiply_bytes(high_nibbles(w[j]), broadcast_four(x + 4 * j + apart)));
     }
-    if constexpr (format == DType::q8)
-      return to_vec(add_ints(set_ints(start), add_ints(add_pairs(low, 1), add_pairs(high, 16))));
+    if constexpr (bits == 8)
+      return add_ints(sum, add_ints(add_pairs(low, 1), add_pairs(high, 16)));
     else
-      return to_vec(add_ints(set_ints(start), add_pairs(add_shorts(low, high), 1)));
+      return add_ints(sum, add_pairs(add_shorts(low, high), 1));
   }
 };

@@ -2,12 +2,12 @@
 // Included inside a namespace of a level, behind its dot_four, and its target region.
 
 // 32 inputs of `width` outputs.
-template <DType format>
+template <std::int64_t bits>
 struct BlockWeights {
   Ints w[8];
 
   [[gnu::always_inline]] explicit BlockWeights(const std::byte* p) {
-    if constexpr (format == DType::q8) {
+    if constexpr (bits == 8) {
       M2LM_UNROLL
       for (int j = 0; j < 8; ++j) w[j] = load_ints(p + j * 64);
     } else {
@@ -19,17 +19,12 @@ struct BlockWeights {
       }
     }
   }
-  // out[r] = starts[r] + Σ w · (block r of x). The rows take turns: each is a chain of eight products that wait for each other.
-  template <int rows>
-  [[gnu::always_inline]] void dot(const std::int8_t* x, const std::int32_t* starts, Vec (&out)[rows]) const {
-    Ints sum[rows];
-    M2LM_UNROLL
-    for (int r = 0; r < rows; ++r) sum[r] = set_ints(starts[r]);
+  // sum[r] += Σ w · (32 inputs of row r of x). The rows take turns: each is a chain of eight products that wait for each other.
+  template <std::int64_t stride, int rows>
+  [[gnu::always_inline]] void add(const std::int8_t* x, Ints (&sum)[rows]) const {
     M2LM_UNROLL
     for (int j = 0; j < 8; ++j)
       M2LM_UNROLL
-      for (int r = 0; r < rows; ++r) sum[r] = dot_four(sum[r], w[j], x + r * block_values + 4 * j);
-    M2LM_UNROLL
-    for (int r = 0; r < rows; ++r) out[r] = to_vec(sum[r]);
+      for (int r = 0; r < rows; ++r) sum[r] = dot_four(sum[r], w[j], x + r * stride + 4 * j);
   }
 };

@@ -150,26 +150,20 @@ inline void rope_backward(float* x, std::int64_t heads, std::int64_t head_dim, c
 
 // ---- products -------------------------------------------------------------------------------------------------------------
 
-// transpose_panels of a matrix in blocks. requires first a multiple of 32: a panel of the transpose holds one block of each row.
-template <class Block>
-inline void transpose_blocks(const std::byte* w, std::int64_t n, std::int64_t k, std::int64_t first, std::int64_t count, float* out) {
-  const std::int64_t strip_bytes = k / block_values * tile_bytes(Block::dtype);
+// transpose_panels of a matrix of integers. requires first a multiple of 32: a panel of the transpose holds 32 inputs of each row.
+inline void transpose_quantised(const std::byte* w, DType format, std::int64_t n, std::int64_t k, std::int64_t first, std::int64_t count, float* out) {
+  static_assert(panel_width == block_values);
+  const std::int64_t strip_bytes = quantised_format(format).strip_bytes(k);
   for (std::int64_t c0 = 0; c0 < count; c0 += panel_width) {
     float* panel = out + c0 * n;
-    const std::byte* tiles = w + (first + c0) / block_values * tile_bytes(Block::dtype);
-    const std::int64_t valid = count - c0 < panel_width ? count - c0 : panel_width;
-    for (std::int64_t row = 0; row < n; ++row) {
-      const auto block = load_from_tile<Block>(tiles + row / strip_width * strip_bytes, row % strip_width);
-      for (std::int64_t c = 0; c < valid; ++c) panel[row * panel_width + c] = dequantise(block, c);
-      for (std::int64_t c = valid; c < panel_width; ++c) panel[row * panel_width + c] = 0.0F;
-    }
+    for (std::int64_t row = 0; row < n; ++row)  // what is behind the last column is padding: zeros
+      dequantise_piece(format, w + row / strip_width * strip_bytes, k, (first + c0) / block_values, row % strip_width, panel + row * panel_width);
   }
 }
 
 // Columns [first, first + count) of a packed matrix [n, k] as f32 panels of its transpose: out[panel][n][32].
 inline void transpose_panels(const std::byte* w, DType format, std::int64_t n, std::int64_t k, std::int64_t first, std::int64_t count, float* out) {
-  if (format == DType::q8) return transpose_blocks<Q8Block>(w, n, k, first, count, out);
-  if (format == DType::q4) return transpose_blocks<Q4Block>(w, n, k, first, count, out);
+  if (is_quantised(format)) return transpose_quantised(w, format, n, k, first, count, out);
   for (std::int64_t c0 = 0; c0 < count; c0 += panel_width) {
     float* panel = out + c0 * n;
     const std::int64_t valid = count - c0 < panel_width ? count - c0 : panel_width;
