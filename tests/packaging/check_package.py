@@ -221,9 +221,9 @@ def check_examples(package):
 CHECKS = {name.removeprefix("check_"): check for name, check in list(globals().items()) if name.startswith("check_")}
 
 
-def main():
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("check", choices=CHECKS)
+def main(checks, description):
+    parser = argparse.ArgumentParser(description=description, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("check", choices=checks)
     parser.add_argument("--source-dir", type=pathlib.Path, required=True)
     parser.add_argument("--work-dir", type=pathlib.Path, required=True, help="emptied first")
     parser.add_argument("--cmake", default="cmake")
@@ -231,11 +231,11 @@ def main():
     parser.add_argument("--nvcc", default="", help="empty: there is none")
     options = parser.parse_args()
     try:
-        return CHECKS[options.check](Package(options)) or 0
+        return checks[options.check](Package(options)) or 0
     except Failure as failure:
         print(f"FAILED: {failure}")
         return 1
 
 
 if __name__ == "__main__":
-    sys.exit(main())
+    sys.exit(main(CHECKS, __doc__))
