@@ -32,6 +32,7 @@ foreach(name IN ITEMS m2lm-core m2lm)
   configure_file("${PROJECT_SOURCE_DIR}/cmake/${name}.pc.in" "${PROJECT_BINARY_DIR}/${name}.pc" @ONLY)
   install(FILES "${PROJECT_BINARY_DIR}/${name}.pc" DESTINATION "${CMAKE_INSTALL_DATADIR}/pkgconfig" COMPONENT m2lm_Development)
 endforeach()
+install(FILES "${PROJECT_SOURCE_DIR}/tools/m2lm_gdb.py" DESTINATION "${CMAKE_INSTALL_DATADIR}/m2lm" COMPONENT m2lm_Development)
 install(FILES "${PROJECT_SOURCE_DIR}/LICENSE" DESTINATION "${CMAKE_INSTALL_DATADIR}/licenses/m2lm" COMPONENT m2lm_Development)
 
 # cpack -G TGZ: an archive that is a prefix.

@@ -11,6 +11,7 @@ fetch_content     a program that declares m2lm with FetchContent, fully disconne
 pkg_config        plain g++ with the flags of the .pc files of a moved install
 archive           what cpack packs is a prefix, wherever it is unpacked
 examples          the examples build as a project of their own
+gdb               the installed pretty printer, by gdb in batch mode
 """
 
 import argparse
@@ -216,6 +217,26 @@ def check_examples(package):
     # All are compiled and run as part of the library's own build; here one, as others would.
     package.run(package.cmake, "--build", build, "--target", "CMakeFiles/attention_layer.dir/attention_layer.cpp.o")
     print(f"{len(programs)} programs, attention_layer compiled")
+
+
+def check_gdb(package):
+    if not shutil.which("gdb"):
+        print("SKIPPED: no gdb")
+        return SKIPPED
+    prefix, source, program = package.install(), HERE / "gdb" / "tensors.cpp", package.work / "tensors"
+    package.run(package.compiler, "-std=c++20", "-g", "-O0", *STRICT, "-I", prefix / "include", source, "-o", program)
+    expected = re.findall(r"// print (\w+): (.+)", source.read_text(encoding="utf-8"))
+    commands = [f"source {prefix / 'share/m2lm/m2lm_gdb.py'}", "break done", "run", "up", *(f"print {name}" for name, _ in expected)]
+    output = package.run("gdb", "--batch", "--nx", *(word for command in commands for word in ("-ex", command)), program,
+                         env={"LC_ALL": "C.UTF-8", "DEBUGINFOD_URLS": ""})
+    if "ptrace: Operation not permitted" in output or "Couldn't get registers" in output:
+        print("SKIPPED: gdb may not run programs here")
+        return SKIPPED
+    printed = re.findall(r"^\$\d+ = (.*)$", output, re.MULTILINE)
+    for (name, text), line in zip(expected, printed + [""] * len(expected)):
+        if line != text:
+            raise Failure(f"gdb prints of {name}\n  {line}\ninstead of\n  {text}\n{output[-2000:]}")
+    print(f"{len(expected)} values printed as they should be")
 
 
 CHECKS = {name.removeprefix("check_"): check for name, check in list(globals().items()) if name.startswith("check_")}
