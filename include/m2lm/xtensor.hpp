@@ -17,6 +17,7 @@ namespace m2lm {
 inline auto as_xtensor(Image& image) {
   return as_xtensor(View<std::uint8_t, 3>(image.pixels.data(), {image.height, image.width, 3}));
 }
+/// The same, read-only.
 inline auto as_xtensor(const Image& image) {
   return as_xtensor(View<const std::uint8_t, 3>(image.pixels.data(), {image.height, image.width, 3}));
 }

@@ -1,5 +1,6 @@
 #!/usr/bin/env python3
-"""The first program of README.md compiles as printed, header-only and without a warning, runs, and says something."""
+"""The first program of README.md compiles as printed, header-only and without a warning, runs, and says something. Every other block of C++ in
+the documents is part of a source that is compiled anyway, or compiles here: as printed, or, without an #include, as statements about a Vlm."""
 
 import os
 import pathlib
@@ -19,6 +20,42 @@ def first_program(markdown):
         if "int main" in block:
             return block
     return None
+
+
+PRELUDE = """#include <m2lm/m2lm.hpp>
+using Vlm = m2lm::Model<m2lm::Cpu, m2lm::Precision{}, m2lm::LlamaDecoder<>, m2lm::Modality<"image", m2lm::ClipVit<>, m2lm::MlpProjector<2>>>;
+"""
+COMPILED = ("examples/*.cpp", "tests/seams/*.hpp", "tests/unit/*.cpp", "include/m2lm/**/*.hpp")
+
+
+def words(text):
+    """Without the line breaks and the indentation, which differ between a document and a source."""
+    return " ".join(text.split())
+
+
+def other_blocks():
+    """[(document, block)] of the blocks that no compiled source holds."""
+    compiled = [words(path.read_text(encoding="utf-8")) for pattern in COMPILED for path in sorted(ROOT.glob(pattern))]
+    for document in (ROOT / "README.md", ROOT / "CONTRIBUTING.md", *sorted((ROOT / "docs").rglob("*.md"))):
+        for block in re.findall(r"^```cpp\n(.*?)^```", document.read_text(encoding="utf-8"), re.MULTILINE | re.DOTALL):
+            if not any(words(block) in source for source in compiled):
+                yield document.relative_to(ROOT), block
+
+
+def check_blocks(compiler, options):
+    """One file of all of them, which is not linked."""
+    source, names = PRELUDE, []
+    for i, (document, block) in enumerate(other_blocks()):
+        if "int main" in block:
+            continue  # README's, which is compiled and run
+        names.append(str(document))
+        source += f'#line 1 "{document} (block {i})"\n' + (block if "#include" in block else f"[[maybe_unused]] static void shown_{i}() {{\n{block}}}\n")
+    flags = [flag for flag in toolchain.STRICT if flag != "-Wshadow"] + ["-Wno-unused-variable", "-Wno-unused-but-set-variable"]
+    result = toolchain.run([compiler, *toolchain.read_flags(options.flags_file), *flags, "-DM2LM_SEPARATE_IMPL=1", "-fsyntax-only", "-x", "c++", "-"], input=source)
+    print(f"{len(names)} blocks that are in no source: {', '.join(names)}")
+    if result.returncode != 0:
+        print(f"they do not compile with {compiler}:\n{toolchain.first_errors(result.stdout)}")
+    return result.returncode == 0
 
 
 def main():
@@ -42,7 +79,7 @@ def main():
             return 1
         ran = subprocess.run([str(executable)], cwd=ROOT, capture_output=True, text=True, timeout=300, check=False)
     print(f"stdout: {ran.stdout.strip()}\nstderr: {ran.stderr.strip()}\nexit status: {ran.returncode}")
-    return 0 if ran.returncode == 0 and ran.stdout.strip() else 1
+    return 0 if ran.returncode == 0 and ran.stdout.strip() and check_blocks(compiler, options) else 1
 
 
 if __name__ == "__main__":

@@ -33,3 +33,22 @@ TEST_CASE("an Eigen matrix of either order is a view of the same elements") {
   Eigen::MatrixXf none(0, 3);
   CHECK(m2lm::as_view(none).elements() == 0);
 }
+
+TEST_CASE("vectors, const matrices and blocks that have no name") {
+  m2lm::Tensor<float> t(m2lm::Shape{3, 4});
+  for (int i = 0; i < 12; ++i) t.data()[i] = static_cast<float>(i);
+  auto column = m2lm::as_eigen(m2lm::Vector<float>(t.data() + 1, {3}, {4}));
+  CHECK(column.sum() == 1.0F + 5.0F + 9.0F);
+  column(2) = -9.0F;
+  CHECK(t.data()[9] == -9.0F);
+  CHECK(m2lm::as_eigen(m2lm::Vector<const float>(t.data(), {4})).norm() == doctest::Approx(std::sqrt(14.0)));
+
+  Eigen::MatrixXf matrix = Eigen::MatrixXf::Random(4, 5);
+  const Eigen::MatrixXf& constant = matrix;
+  static_assert(std::is_same_v<decltype(m2lm::as_view(constant)), m2lm::Matrix<const float>>);
+  CHECK(m2lm::as_view(constant)(3, 4) == matrix(3, 4));
+  CHECK(m2lm::as_view(matrix.middleCols(1, 2))(3, 1) == matrix(3, 2));
+  CHECK(m2lm::as_view(matrix.row(2))(0, 4) == matrix(2, 4));
+  const auto nested = m2lm::as_eigen(m2lm::as_view(matrix));
+  CHECK(nested.isApprox(matrix));
+}

@@ -6,6 +6,7 @@ namespace m2lm {
 
 /// The config of components that have none.
 struct NoConfig {};
+/// Nothing is read for them.
 template <class Root>
 void read_config(const Root&, NoConfig&) {}
 

@@ -105,6 +105,7 @@ struct Half {
   friend constexpr bool operator==(Half, Half) = default;
 };
 
+/// Exact.
 constexpr float to_float(Bf16 x) { return std::bit_cast<float>(static_cast<std::uint32_t>(x.bits) << 16); }
 
 /// Rounds to nearest, ties to even; a NaN stays a NaN.
@@ -114,6 +115,7 @@ constexpr Bf16 to_bf16(float x) {
   return {static_cast<std::uint16_t>((u + 0x7fffU + ((u >> 16) & 1U)) >> 16)};
 }
 
+/// Exact.
 constexpr float to_float(Half x) {
   const std::uint32_t sign = static_cast<std::uint32_t>(x.bits & 0x8000U) << 16;
   const std::uint32_t exponent = (x.bits >> 10) & 0x1fU;
@@ -140,9 +142,12 @@ constexpr Half to_half(float x) {
   return {static_cast<std::uint16_t>(sign | (std::bit_cast<std::uint32_t>(shifted) - 0x3f000000U))};
 }
 
+/// For code that takes elements of any type.
 constexpr float to_float(float x) { return x; }
+/// Rounds to nearest.
 constexpr float to_float(double x) { return static_cast<float>(x); }
 
+/// The dtype whose elements are T; `native` for types that are in no file.
 template <class T>
 inline constexpr DType dtype_of = DType::native;
 template <>

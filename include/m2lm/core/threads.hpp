@@ -51,6 +51,7 @@ class ThreadPool {
 struct Range {
   std::int64_t begin = 0, end = 0;
 };
+/// The part itself: parts differ by one grain at most, and the last ones may be empty.
 constexpr Range split(std::int64_t count, int parts, int part, std::int64_t grain = 1) {
   const std::int64_t blocks = (count + grain - 1) / grain;
   const std::int64_t b = blocks * part / parts * grain, e = blocks * (part + 1) / parts * grain;

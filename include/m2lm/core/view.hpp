@@ -14,6 +14,7 @@
 
 namespace m2lm {
 
+/// Dimensions that a tensor has at most.
 inline constexpr int max_rank = 6;
 
 /// Run-time extents, row-major, rank 0 to 6. A rank of 0 is a scalar (one element).
@@ -114,8 +115,10 @@ class View {
   constexpr T* row(std::int64_t i) const { return data_ + i * stride_[0]; }
 };
 
+/// [rows, columns].
 template <class T>
 using Matrix = View<T, 2>;
+/// Elements in one dimension.
 template <class T>
 using Vector = View<T, 1>;
 

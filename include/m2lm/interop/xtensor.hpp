@@ -93,6 +93,7 @@ template <HostElement T>
 auto as_xarray(Tensor<T>& tensor) {
   return detail::adapt_shape(tensor.data(), tensor.shape());
 }
+/// The same, read-only.
 template <HostElement T>
 auto as_xarray(const Tensor<T>& tensor) {
   return detail::adapt_shape(tensor.data(), tensor.shape());

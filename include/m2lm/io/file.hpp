@@ -15,6 +15,7 @@ namespace m2lm {
 
 /// True when `path` names something that is there and is not a directory.
 bool file_exists(std::string_view path);
+/// True when `path` names a directory.
 bool directory_exists(std::string_view path);
 
 /// "dir/name"; `name` alone when `directory` is empty.
@@ -50,6 +51,7 @@ class FileWriter {
 
 /// The bytes become the file's content, atomically. throws as FileWriter.
 void write_file(std::string_view path, std::span<const std::byte> bytes);
+/// The same of a text.
 inline void write_file(std::string_view path, std::string_view text) {
   write_file(path, std::as_bytes(std::span(text.data(), text.size())));
 }

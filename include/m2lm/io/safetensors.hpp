@@ -16,6 +16,7 @@
 
 namespace m2lm {
 
+/// A tensor under the name that a file gives it.
 struct NamedTensor {
   std::string name;
   AnyTensor tensor;

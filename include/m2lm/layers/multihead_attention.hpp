@@ -14,6 +14,7 @@
 
 namespace m2lm {
 
+/// The arguments of torch.nn.MultiheadAttention that are supported.
 struct MultiheadConfig {
   std::int64_t width = 0;   ///< of queries, keys, values and outputs; a multiple of heads
   std::int64_t heads = 1;

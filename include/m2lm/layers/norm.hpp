@@ -8,6 +8,7 @@
 
 namespace m2lm {
 
+/// y = weight · x / √(mean(x²) + eps), row by row.
 template <class B>
 class RmsNorm {
   using S = ScalarOf<B>;
@@ -41,6 +42,7 @@ class RmsNorm {
   }
 };
 
+/// y = weight · (x − mean(x)) / √(var(x) + eps) + bias, row by row.
 template <class B>
 class LayerNorm {
   using S = ScalarOf<B>;

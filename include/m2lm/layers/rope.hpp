@@ -11,6 +11,7 @@
 
 namespace m2lm {
 
+/// How a context longer than that of pre-training is reached: `rope_type` of config.json.
 enum class RopeScaling : std::uint8_t { none, linear, llama3, factors };
 
 /// Run-time values of config.json (`rope_theta`, `rope_scaling`, or `rope_parameters`).

@@ -10,8 +10,10 @@
 
 namespace m2lm {
 
+/// Who says something in a chat.
 enum class Role { system, user, assistant };
 
+/// One turn of a chat.
 struct Message {
   Role role = Role::user;
   std::string text;

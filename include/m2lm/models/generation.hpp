@@ -32,8 +32,10 @@ struct GenerateOptions {
   SamplingOptions sampling() const { return {temperature, top_k, top_p, min_p, repetition_penalty, seed}; }
 };
 
+/// Why an answer ended.
 enum class FinishReason : std::uint8_t { stop_token, stop_string, length, cancelled };
 
+/// Its enumerator, as programs print it.
 constexpr std::string_view finish_reason_name(FinishReason reason) {
   switch (reason) {
     case FinishReason::stop_token: return "stop_token";

@@ -10,6 +10,7 @@
 
 namespace m2lm {
 
+/// What the four insertion policies below do, as a value.
 enum class InsertionKind : std::uint8_t { expand_placeholder, placeholder_run, prefix_after_bos, discrete_tokens };
 
 /// The placeholder "<name>" of the text becomes one row per output token of the instance. Token ids may hold one placeholder per

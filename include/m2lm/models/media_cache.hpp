@@ -46,16 +46,19 @@ inline void hash_content(ContentHash& hash, const Image& image) {
   hash.value(image.height);
   hash.bytes(std::as_bytes(std::span(image.pixels)));
 }
+/// Of a text.
 inline void hash_content(ContentHash& hash, const std::string& text) {
   hash.value(text.size());
   hash.bytes(std::as_bytes(std::span(text.data(), text.size())));
 }
+/// Of plain values.
 template <class T>
   requires std::is_trivially_copyable_v<T>
 void hash_content(ContentHash& hash, const std::vector<T>& values) {
   hash.value(values.size());
   hash.bytes(std::as_bytes(std::span<const T>(values)));
 }
+/// Of embeddings.
 inline void hash_content(ContentHash& hash, const AnyTensor& tensor) {
   hash.value(tensor.dtype());
   hash.value(tensor.shape().rank());

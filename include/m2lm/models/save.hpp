@@ -13,6 +13,7 @@
 
 namespace m2lm {
 
+/// What save_pretrained writes.
 struct SaveOptions {
   DType dtype = DType::inherit;                  ///< f32, f16 or bf16 for every tensor; inherit: as each is held (trained ones in f32)
   std::size_t max_shard_bytes = 5'000'000'000;   ///< more than that becomes model-00001-of-….safetensors with an index

@@ -19,6 +19,7 @@
 
 namespace m2lm::testing {
 
+/// How much gradient_check tries, and with what numbers.
 struct GradientCheckOptions {
   std::uint64_t seed = 1;
   int directions = 3;             ///< random directions for each tensor

@@ -11,8 +11,9 @@
 
 namespace m2lm::testing {
 
-/// Distance between two elements of one storage format at 1: f32 2^-23, bf16 2^-7.
-inline constexpr double epsilon_f64 = 0x1.0p-52, epsilon_f32 = 0x1.0p-23, epsilon_bf16 = 0x1.0p-7;
+inline constexpr double epsilon_f64 = 0x1.0p-52;  ///< distance between two elements of f64 at 1
+inline constexpr double epsilon_f32 = 0x1.0p-23;  ///< of f32
+inline constexpr double epsilon_bf16 = 0x1.0p-7;  ///< of bf16
 
 /// max|a − b| / max|b| over all elements, with b the judge. Infinite when the numbers of elements differ, when anything is not
 /// finite, or when b is all zero and a is not. T is the scalar of any backend.
@@ -30,6 +31,7 @@ double relative_error(const Tensor<T>& a, const AnyTensor& b) {
   if (largest == 0) return error == 0 ? 0 : never;
   return error / largest;
 }
+/// The same with a judge of the library.
 template <class T, class U>
 double relative_error(const Tensor<T>& a, const Tensor<U>& b) {
   return relative_error(a, AnyTensor(b.clone()));

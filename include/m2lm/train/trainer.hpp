@@ -33,6 +33,7 @@ struct Example {
   std::vector<std::int32_t> answer_ids{};  ///< the very ids, and then nothing is added to them
 };
 
+/// What is trained, how, and how far in one step.
 struct TrainerOptions {
   Selection parameters{};
   AdamWOptions adamw{};

@@ -17,6 +17,7 @@
 
 namespace m2lm {
 
+/// What a Cpu is made with.
 struct CpuOptions {
   int threads = 0;                         ///< 0 = one per available core
   std::optional<IsaLevel> max_isa = {};    ///< never use more than this; default: default_isa()

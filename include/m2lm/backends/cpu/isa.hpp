@@ -12,6 +12,7 @@ namespace m2lm {
 /// Levels in ascending order; a machine that has one has those below. `baseline` is what the compiler targets by default.
 enum class IsaLevel : std::uint8_t { baseline, avx2, avx512, avx512_bf16, amx };
 
+/// Its enumerator, as M2LM_MAX_ISA names it.
 constexpr std::string_view isa_name(IsaLevel level) {
   switch (level) {
     case IsaLevel::baseline: return "baseline";

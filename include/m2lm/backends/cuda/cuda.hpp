@@ -24,6 +24,7 @@
 
 namespace m2lm {
 
+/// What a BasicCuda is made with.
 struct CudaOptions {
   int device = 0;  ///< as CUDA_VISIBLE_DEVICES numbers them
 };

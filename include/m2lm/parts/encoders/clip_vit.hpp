@@ -27,6 +27,7 @@ enum class VitFeatures : std::uint8_t {
 /// A layer index that stands for config.json's vision_feature_layer, else -2.
 inline constexpr int layer_from_checkpoint = -1000;
 
+/// Which hidden state of the tower is given, and which of its rows.
 struct VitPolicy {
   int feature_layer = layer_from_checkpoint;  ///< as transformers counts hidden_states: 0 = embeddings, -1 = last
   VitFeatures features = VitFeatures::from_checkpoint;
