@@ -11,6 +11,7 @@ fetch_content     a program that declares m2lm with FetchContent, fully disconne
 pkg_config        plain g++ with the flags of the .pc files of a moved install
 archive           what cpack packs is a prefix, wherever it is unpacked
 examples          the examples build as a project of their own
+xtensor_layouts   the headers of xtensor where 0.24 has them, and where 0.26 does
 gdb               the installed pretty printer, by gdb in batch mode
 """
 
@@ -217,6 +218,47 @@ def check_examples(package):
     # All are compiled and run as part of the library's own build; here one, as others would.
     package.run(package.cmake, "--build", build, "--target", "CMakeFiles/attention_layer.dir/attention_layer.cpp.o")
     print(f"{len(programs)} programs, attention_layer compiled")
+
+
+def check_xtensor_layouts(package):
+    """0.26's layout is a tree of headers that forward to the installed one, or the other way round where that is the new one."""
+    users = [package.source / "include/m2lm/interop/xtensor.hpp", package.source / "tests/support/xtensor.hpp"]
+    text = "".join(path.read_text(encoding="utf-8") for path in users)
+    new, old = re.findall(r"#include <(xtensor/\w+/\w+\.hpp)>", text), re.findall(r"#include <(xtensor/\w+\.hpp)>", text)
+    program = package.work / "program.cpp"
+    program.write_text("""#include <m2lm/interop/xtensor.hpp>
+#include "xtensor.hpp"
+int main() {
+  m2lm::Tensor<float> t(m2lm::Shape{2, 3});
+  m2lm::as_xtensor(t.view<2>()) += 1.0F;
+  return m2lm::to_tensor(xt::flip(m2lm::as_xarray(t), 1)).span()[0] == 1.0F ? 0 : 1;
+}
+""", encoding="utf-8")
+    command = [package.compiler, "-std=c++20", *STRICT, "-I", package.source / "include", "-I", package.source / "tests/support", program]
+    installed = package.run(*command, "-H", "-o", package.work / "installed")
+    package.run(package.work / "installed")
+    directory = pathlib.Path(re.search(r"^\.+ (\S*/)xtensor/(?:containers/)?xarray\.hpp$", installed, re.MULTILINE).group(1))
+    if (directory / "xtensor" / "containers").exists():
+        print("SKIPPED: the installed xtensor has the layout of 0.26, which was tried; that of 0.24 was not")
+        return SKIPPED
+    tree = package.work / "tree"
+    for header in new:
+        target = directory / "xtensor" / pathlib.Path(header).name
+        if not target.exists():
+            raise Failure(f"<{header}> has no counterpart {target}")
+        (tree / header).parent.mkdir(parents=True, exist_ok=True)
+        (tree / header).write_text(f'#include "{target}"\n', encoding="utf-8")
+    moved = package.run(*command, "-isystem", tree, "-H", "-fsyntax-only")
+    # What our headers include themselves, in both runs: the line above that is one dot shorter is theirs.
+    for output, wanted in ((installed, old), (moved, new)):
+        included, stack = set(), []
+        for dots, path in re.findall(r"^(\.+) (\S+)$", output, re.MULTILINE):
+            stack[len(dots) - 1 :] = [path]
+            if len(stack) > 1 and any(pathlib.Path(stack[-2]).samefile(user) for user in users) and "/xtensor/" in path:
+                included.add(path[path.index("/xtensor/") + 1 :] if not path.endswith("m2lm/interop/xtensor.hpp") else "")
+        if not included <= set(wanted) or not included:
+            raise Failure(f"our headers include {sorted(included)}, not some of {sorted(set(wanted))}")
+    print(f"{len(set(old))} headers of the layout of 0.24, {len(set(new))} of that of 0.26")
 
 
 def check_gdb(package):
