@@ -3,7 +3,8 @@
 
 An inline function that a target region compiles by accident would be merged by the linker with the same function of other
 files, and stop a machine that lacks the instruction. Reads the disassembly: VEX code only in functions of cpu_avx2 and above,
-AVX-512 registers only in those of cpu_avx512*. Give it linked programs: objdump takes a minute for one large unlinked file.
+AVX-512 registers only in those of cpu_avx512*, tiles only in those of an `amx` inside it. Give it linked programs: objdump takes a
+minute for one large unlinked file.
 """
 
 import re
@@ -11,6 +12,7 @@ import subprocess
 import sys
 
 AVX512_REGISTER = re.compile(r"%zmm|%k[0-7]\b|%[xy]mm(1[6-9]|2\d|3[01])\b")
+TILE = re.compile(r"^(tile|tdp|ldtile|sttile)")
 BMI = {"andn", "bextr", "blsi", "blsmsk", "blsr", "bzhi", "mulx", "pdep", "pext", "rorx", "sarx", "shlx", "shrx"}
 
 
@@ -23,10 +25,22 @@ def is_avx512(instruction):
     return AVX512_REGISTER.search(instruction) is not None
 
 
+def is_tile(instruction):
+    return TILE.match(instruction) is not None
+
+
+def is_vex_or_tile(instruction):
+    return is_vex(instruction) or is_tile(instruction)
+
+
+def is_avx512_or_tile(instruction):
+    return is_avx512(instruction) or is_tile(instruction)
+
+
 def leaks(objects):
     """Pairs of a function and an instruction that it must not have."""
     listing = subprocess.run(["objdump", "--disassemble", "--no-show-raw-insn", *objects], capture_output=True, text=True, check=True)
-    function, forbidden, seen = "", is_vex, False
+    function, forbidden, seen = "", is_vex_or_tile, False
     for line in listing.stdout.splitlines():
         if line.startswith(" "):  # "  address:\tinstruction"
             instruction = line.partition("\t")[2]
@@ -34,7 +48,11 @@ def leaks(objects):
                 yield function, instruction.strip()
         elif line.endswith(">:"):  # "address <function>:"
             function = line.partition("<")[2][:-2]
-            forbidden = None if "cpu_avx512" in function else is_avx512 if "cpu_avx2" in function else is_vex
+            forbidden = is_vex_or_tile
+            if "cpu_avx2" in function:
+                forbidden = is_avx512_or_tile
+            if "cpu_avx512" in function:
+                forbidden = None if "3amx" in function else is_tile
             seen = seen or "cpu_avx" in function
     if not seen:
         yield "no function of a higher level at all", "is the library in these files?"

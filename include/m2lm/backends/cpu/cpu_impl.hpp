@@ -189,12 +189,14 @@ M2LM_IMPL void cpu_linear(const Cpu& cpu, Arena& arena, Matrix<const float> x, c
     job.rows.block = layout.inputs_of_tile(k);
     job.rows.blocks = layout.tiles(k);
     job.rows.chunk = layout.chunk;
-    job.rows.chunks = k / layout.chunk;
+    job.rows.chunks = round_up(k, layout.chunk) / layout.chunk;
     job.rows.offset = layout.offset();
     const std::int64_t padded = round_up(m, job.rows.group);
-    job.rows.values = arena.take<std::int8_t>(padded * k);
-    job.rows.scales = arena.take<float>(padded * job.rows.blocks);
-    job.rows.starts = arena.take<std::int32_t>(padded * job.rows.blocks);
+    job.rows.values = arena.take<std::int8_t>(padded * job.rows.chunks * layout.chunk * kernels.value_bytes);
+    if (kernels.value_bytes == 1) {
+      job.rows.scales = arena.take<float>(padded * job.rows.blocks);
+      job.rows.starts = arena.take<std::int32_t>(padded * job.rows.blocks);
+    }
     cpu_for_rows(cpu, m, m * k, [&](std::int64_t i) { kernels.quantise(x.row(i), w.cols, job.rows, i); });
   }
   const std::size_t scratch_bytes = kernels.gemm_scratch(m);

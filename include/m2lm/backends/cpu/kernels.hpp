@@ -123,6 +123,7 @@ inline void dequantise_piece(DType format, const std::byte* strip, std::int64_t 
 /// side by side, then chunk c + 1. So a tile of rows is read from one place on, at fixed distances. A block is what shares a scale: 32 or
 /// 128 inputs, or the row. x[i] is about scale · value, |error| <= scale/2; start = -offset · Σ values of the block. A block with NaN or
 /// infinity has scale NaN.
+/// At level amx, for weights in bf16: the same places, chunks of 32, of two bytes per value: x rounded to bf16, without scales and starts.
 struct QuantisedRows {
   std::int8_t* values = nullptr;   ///< [groups][chunks][group][chunk]
   float* scales = nullptr;         ///< [groups][blocks][group]
@@ -225,10 +226,11 @@ struct AttentionKernels {
 struct FormatKernels {
   bool bf16_activations = false;  ///< x is rounded to bf16, and so are q and the probabilities of attention
   std::int64_t k_step = 1;        ///< inputs are padded to a multiple of this
-  /// Weights that are integers: rounds row `row` of x, `cols` values and zeros behind them, for all threads and panels. Null where the kernels read
-  /// x itself.
+  /// Weights that are integers, and bf16 at level amx: rounds row `row` of x, `cols` values and zeros behind them, for all threads and
+  /// panels. Null where the kernels read x itself.
   void (*quantise)(const float* x, std::int64_t cols, const QuantisedRows& rows, std::int64_t row) = nullptr;
   std::int64_t row_group = 0;  ///< of QuantisedRows, where there are so many rows
+  std::int64_t value_bytes = 1;  ///< of QuantisedRows; with 2 it has no scales
   void (*gemm)(const GemmJob&, int part, int parts, std::byte* scratch) = nullptr;
   std::size_t (*gemm_scratch)(std::int64_t m) = nullptr;
   AttentionKernels attention{};

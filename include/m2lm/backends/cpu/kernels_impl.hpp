@@ -99,10 +99,13 @@ namespace m2lm::detail::cpu_avx512_bf16 {
 #include <m2lm/backends/cpu/kernels/training.inc.hpp>
 }  // namespace m2lm::detail::cpu_avx512_bf16
 M2LM_REGION_END
-M2LM_REGION_BEGIN("avx2,fma,f16c,avx512f,avx512bw,avx512dq,avx512vl,avx512bf16,avx512vnni,amx-tile,amx-bf16")
-namespace m2lm::detail::cpu_avx512_bf16 {
+
+M2LM_REGION_BEGIN("avx2,fma,f16c,avx512f,avx512bw,avx512dq,avx512vl,avx512bf16,avx512vnni,amx-tile,amx-bf16,amx-int8")
+namespace m2lm::detail::cpu_avx512_bf16::amx {
+#include <m2lm/backends/cpu/kernels/tiles_amx.inc.hpp>
+#include <m2lm/backends/cpu/kernels/gemm_amx.inc.hpp>
 #include <m2lm/backends/cpu/kernels/attention_amx.inc.hpp>
-}  // namespace m2lm::detail::cpu_avx512_bf16
+}  // namespace m2lm::detail::cpu_avx512_bf16::amx
 M2LM_REGION_END
 #endif
 
@@ -190,7 +193,10 @@ M2LM_IMPL const KernelTable& kernel_table(IsaLevel level, [[maybe_unused]] bool 
     case IsaLevel::avx512_bf16: {
       const auto table = [](IsaLevel of, bool bf16, bool int8) {
         KernelTable plain = cpu_avx512_bf16::make_table(of, bf16);
-        if (of == IsaLevel::amx && bf16) plain.bf16.attention = cpu_avx512_bf16::attention_kernels<cpu_avx512_bf16::AmxProducts>();
+        if (of == IsaLevel::amx && bf16) {
+          plain.bf16 = cpu_avx512_bf16::amx::bf16_kernels(plain.bf16);
+          plain.bf16.attention = cpu_avx512_bf16::attention_kernels<cpu_avx512_bf16::amx::AmxProducts>();
+        }
         return int8 ? cpu_avx512::vnni::with_blocks(plain, true) : cpu_avx512::shorts::with_blocks(plain, false);
       };
       const auto all = [&table](IsaLevel of) {

@@ -1,0 +1,174 @@
+// Products with weights in bf16 by AMX: tiles of 16 rows of x and 16 outputs. Included inside a namespace of level amx and its target
+// region, behind tiles_amx.
+//
+// x is rounded to bf16 once, for all threads, in tiles: QuantisedRows of two bytes per value, [row tiles][k/32][16][32]. A panel
+// [k/2][32][2] is two columns of tiles as it is. Every output is one chain of TDPBF16PS over k in steps of 32 in ascending order, kept in
+// f32 between blocks: so a row has the same bits alone and in a batch.
+
+inline constexpr std::int64_t step_inputs = 32;                          // of a product of tiles: 64 bytes of bf16
+inline constexpr std::int64_t step_bytes = step_inputs * panel_width * 2;  // of a panel
+// 32 KB of a panel stay in L1 while the rows pass by; 1 MB of x stays in L2 (2 MB where there is AMX) while the panels pass by.
+inline constexpr std::int64_t block_steps = 16;
+inline constexpr std::int64_t rows_in_cache = std::int64_t{1} << 20;
+inline constexpr std::int64_t most_rows = 512;
+// Where so few rows of x fit that the weights were read too often: rows, steps of a chunk of them (512 KB, so that the next chunk fits beside
+// it), and panels that pass by a chunk; their sums (512 KB) wait in L2 for the next.
+inline constexpr std::int64_t chunk_rows = 256, chunk_steps = 32, chunk_panels = 16;
+// With so few rows the weights are what a product waits for; DRAM is asked so far ahead.
+inline constexpr std::int64_t stream_tiles = 2, stream_distance = 16384;
+
+/// Rows at once, and steps of a chunk of them.
+struct GemmWalk {
+  std::int64_t rows = 0, steps = 0;
+};
+inline GemmWalk gemm_walk(std::int64_t m, std::int64_t steps) {
+  constexpr std::int64_t pair = 2 * tile_height;
+  const std::int64_t fit = rows_in_cache / ((steps > 0 ? steps : 1) * tile_row_bytes) / pair * pair;
+  if (fit < chunk_rows && fit < m) return {chunk_rows, chunk_steps};
+  // Evenly: 577 rows are two blocks of 304 or less, not one of 512 and one of 65.
+  const std::int64_t most = fit < most_rows ? fit : most_rows, blocks = (m + most - 1) / most;
+  return {round_up((m + blocks - 1) / blocks, tile_height), steps > 0 ? steps : 1};
+}
+
+/// Memory to ask for while a product runs: `lines` cache lines per step, from `at` on.
+struct Ahead {
+  const std::byte* at = nullptr;
+  std::int64_t lines = 0;
+};
+
+/// c[16 · tiles][32] (+)= x · w over `steps` steps of a panel, and over `tail` if that is not null. x: a tile of 16 rows, the other
+/// `tile_distance` behind it, and each tile's next step `x_step` behind the one before.
+template <int tiles>
+[[gnu::noinline]] void multiply_tiles(const std::byte* x, std::int64_t x_step, std::int64_t tile_distance, const std::byte* w, std::int64_t steps,
+                                      const std::byte* tail, float* c, bool accumulate, Ahead ahead) {
+  constexpr std::int64_t ldc = panel_width * 4, other = panel_width * tile_height;
+  if (accumulate) {
+    tile_load<0>(c, ldc);
+    tile_load<1>(c + strip_width, ldc);
+    if constexpr (tiles == 2) {
+      tile_load<2>(c + other, ldc);
+      tile_load<3>(c + other + strip_width, ldc);
+    }
+  } else {
+    tile_zero<0>();
+    tile_zero<1>();
+    tile_zero<2>();
+    tile_zero<3>();
+  }
+  const auto step = [&](const std::byte* panel) {
+    tile_load<6>(panel, panel_width * 4);
+    tile_load_once<4>(x, tile_row_bytes);
+    tile_dot_bf16<0, 4, 6>();
+    tile_load<7>(panel + tile_row_bytes, panel_width * 4);
+    tile_dot_bf16<1, 4, 7>();
+    if constexpr (tiles == 2) {
+      tile_load_once<5>(x + tile_distance, tile_row_bytes);
+      tile_dot_bf16<2, 5, 6>();
+      tile_dot_bf16<3, 5, 7>();
+    }
+    x += x_step;
+  };
+  for (std::int64_t s = 0; s < steps; ++s, w += step_bytes) {
+    step(w);
+    for (std::int64_t i = 0; i < ahead.lines; ++i, ahead.at += 64) __builtin_prefetch(ahead.at, 0, 2);
+  }
+  if (tail) step(tail);
+  tile_store<0>(c, ldc);
+  tile_store<1>(c + strip_width, ldc);
+  if constexpr (tiles == 2) {
+    tile_store<2>(c + other, ldc);
+    tile_store<3>(c + other + strip_width, ldc);
+  }
+}
+
+inline std::size_t tile_gemm_scratch(std::int64_t m) {
+  // Sums of a group of panels, or of more rows of one; and the last step of a panel.
+  const std::int64_t rows = m < chunk_rows ? round_up(m, tile_height) : chunk_rows;
+  return static_cast<std::size_t>(rows * panel_width * chunk_panels * 4 + step_bytes);
+}
+
+// Threads share out the panels, and with few panels and many rows the rows too; each walks blocks of rows, groups of panels, chunks of inputs,
+// panels and blocks of inputs.
+inline void tile_gemm(const GemmJob& job, int part, int parts, std::byte* scratch) {
+  const std::int64_t width_of_panel = job.gated ? panel_width / 2 : panel_width;
+  const std::int64_t panels = round_up(job.gated ? job.n / 2 : job.n, width_of_panel) / width_of_panel;
+  int row_parts = 1;
+  while (parts / row_parts % 2 == 0 && panels * row_parts < parts * 4 && job.m >= row_parts * tile_height * 8) row_parts *= 2;
+  const Range my_rows = split(job.m, row_parts, part % row_parts, tile_height);
+  const Range my_panels = split(panels, parts / row_parts, part / row_parts);
+  const std::int64_t steps = job.rows.chunks, full_steps = job.k / step_inputs, panel_bytes = job.k * panel_width * 2;
+  const GemmWalk walk = gemm_walk(my_rows.end - my_rows.begin, steps);
+  const bool chunked = walk.steps < steps;
+  const std::int64_t group = chunked ? chunk_panels : 1, sums_of_panel = walk.rows * panel_width;
+  std::byte* tail = scratch;
+  float* sums = reinterpret_cast<float*>(scratch + step_bytes);
+  __builtin_memset(tail, 0, static_cast<std::size_t>(step_bytes));
+
+  TileShapes shapes;
+  for (int tile = 0; tile < 6; ++tile) shapes.set(tile, job.rows.group, tile_row_bytes);  // sums and rows
+  for (int tile = 6; tile < 8; ++tile) shapes.set(tile, tile_height, tile_row_bytes);     // weights
+  const TileUnit unit(shapes);
+
+  const std::int64_t x_step = job.rows.group * tile_row_bytes, tile_distance = x_step * steps;
+  for (std::int64_t row0 = my_rows.begin; row0 < my_rows.end; row0 += walk.rows) {
+    const std::int64_t rows = my_rows.end - row0 < walk.rows ? my_rows.end - row0 : walk.rows;
+    const std::int64_t tiles = (rows + tile_height - 1) / tile_height, pairs = (tiles + 1) / 2;
+    const std::byte* x = reinterpret_cast<const std::byte*>(job.rows.values) + row0 / tile_height * tile_distance;
+    const std::int64_t at_once = tiles <= stream_tiles ? walk.steps : block_steps;
+    for (std::int64_t first = my_panels.begin; first < my_panels.end; first += group) {
+      const std::int64_t last = my_panels.end - first < group ? my_panels.end : first + group;
+      for (std::int64_t chunk = 0; chunk < steps || chunk == 0; chunk += walk.steps) {
+        const std::int64_t chunk_end = steps - chunk < walk.steps ? steps : chunk + walk.steps;
+        for (std::int64_t panel = first; panel < last; ++panel) {
+          float* c = sums + (panel - first) * sums_of_panel;
+          for (std::int64_t s = chunk; s < chunk_end || s == 0; s += at_once) {
+            const std::int64_t end = chunk_end - s < at_once ? chunk_end : s + at_once;
+            const std::byte* w = job.w + panel * panel_bytes + s * step_bytes;
+            const bool partial = end > full_steps;
+            const std::int64_t whole = end - s - (partial ? 1 : 0);
+            if (partial) __builtin_memcpy(tail, w + whole * step_bytes, static_cast<std::size_t>(panel_bytes - full_steps * step_bytes));
+            // In a stream what lies some steps ahead; else the next block, in pieces.
+            const std::byte* next = end < chunk_end || !chunked ? w + (end - s) * step_bytes : w - (s - chunk) * step_bytes + panel_bytes;
+            const std::int64_t lines = (step_bytes / 64 + pairs - 1) / pairs;
+            for (std::int64_t t = 0; t < tiles; t += 2) {
+              const Ahead ahead{.at = tiles <= stream_tiles ? w + stream_distance : next + t / 2 * lines * 64 * at_once, .lines = lines};
+              const std::byte* rows_of_x = x + t * tile_distance + s * x_step;
+              float* to = c + t * tile_height * panel_width;
+              if (t + 1 < tiles)
+                multiply_tiles<2>(rows_of_x, x_step, tile_distance, w, whole, partial ? tail : nullptr, to, s > 0, ahead);
+              else
+                multiply_tiles<1>(rows_of_x, x_step, tile_distance, w, whole, partial ? tail : nullptr, to, s > 0, ahead);
+            }
+          }
+          if (chunk_end == steps) finish_panel(job, c, row0, rows, panel);
+        }
+      }
+    }
+  }
+}
+
+// A row of x in bf16, in its place among the tiles.
+inline void round_row(const float* x, std::int64_t cols, const QuantisedRows& rows, std::int64_t row) {
+  auto* to = reinterpret_cast<Bf16*>(rows.values) + rows.first_chunk(row) * step_inputs;
+  for (std::int64_t b = 0; b < rows.chunks; ++b, to += rows.group * step_inputs) {
+    const float* from = x + b * step_inputs;
+    float edge[step_inputs] = {};
+    if (const std::int64_t given = cols - b * step_inputs; given < step_inputs) {
+      for (std::int64_t i = 0; i < given; ++i) edge[i] = from[i];
+      from = edge;
+    }
+    convert_bf16(from, to);
+    convert_bf16(from + width, to + width);
+  }
+}
+
+/// The kernels of bf16 weights, around the attention of another level's.
+inline FormatKernels bf16_kernels(const FormatKernels& vectors) {
+  FormatKernels kernels = vectors;
+  kernels.quantise = &round_row;
+  kernels.row_group = tile_height;
+  kernels.value_bytes = 2;
+  kernels.gemm = &tile_gemm;
+  kernels.gemm_scratch = &tile_gemm_scratch;
+  return kernels;
+}
