@@ -42,11 +42,12 @@ else()
   cmake_path(SET M2LM_ASSETS NORMALIZE "${PROJECT_SOURCE_DIR}/../shared/assets")
 endif()
 
+set(m2lm_asan_options strict_string_checks=1:allocator_may_return_null=1)
 set(m2lm_test_environment
   "M2LM_ASSETS=${M2LM_ASSETS}"
   "M2LM_SOURCE_DIR=${PROJECT_SOURCE_DIR}"
   "M2LM_BIN_DIR=${PROJECT_BINARY_DIR}/bin"
-  "ASAN_OPTIONS=detect_stack_use_after_return=1:strict_string_checks=1:allocator_may_return_null=1"
+  "ASAN_OPTIONS=${m2lm_asan_options}:detect_stack_use_after_return=1"
   "UBSAN_OPTIONS=print_stacktrace=1"
   "TSAN_OPTIONS=halt_on_error=1:second_deadlock_stack=1")
 

@@ -21,6 +21,27 @@ build() {  # build PRESET
   cmake --preset "$1" >/dev/null && cmake --build --preset "$1" -j "$jobs"
 }
 
+# The small trees: together, they fill what the last steps of a larger one leave idle.
+build_small_trees() {
+  build tsan && build fuzz && cmake --build --preset faults -j "$jobs" || return
+  # The device's part of the build `dev` is for sm_90.
+  if [ -n "${CUDACXX-}" ] || command -v nvcc >/dev/null || [ -x /usr/local/cuda/bin/nvcc ]; then
+    build cuda-architectures
+  else
+    echo "== no nvcc: nothing is compiled for CUDA, the kernels are tested in the emulator"
+  fi
+}
+build_other_trees() {
+  local small small_result=0 result=0
+  mkdir -p build
+  (renice -n 19 "$BASHPID" >/dev/null && build_small_trees) >build/small_trees.txt 2>&1 &
+  small=$!
+  build asan-ubsan || result=$?
+  wait "$small" || small_result=$?
+  cat build/small_trees.txt
+  return $((result != 0 ? result : small_result))
+}
+
 # One ctest over all build trees, so that there is one list and one count.
 run_tests() {
   mkdir -p build/all &&
@@ -30,16 +51,7 @@ run_tests() {
 
 stage "set-up" tools/setup.sh --tests
 stage "build" build dev
-stage "build for AddressSanitizer and UndefinedBehaviorSanitizer" build asan-ubsan
-stage "build for ThreadSanitizer" build tsan
-stage "build of the fuzz targets" build fuzz
-stage "build with planted faults" cmake --build --preset faults -j "$jobs"
-# The device's part of the build above is for sm_90.
-if [ -n "${CUDACXX-}" ] || command -v nvcc >/dev/null || [ -x /usr/local/cuda/bin/nvcc ]; then
-  stage "compile of the kernels for sm_80 and sm_100" build cuda-architectures
-else
-  echo "== no nvcc: nothing is compiled for CUDA, the kernels are tested in the emulator"
-fi
+stage "build under sanitizers, of the fuzz targets, with planted faults, of kernels for sm_80 and sm_100" build_other_trees
 status=0
 stage "tests" run_tests "$@" || status=$?
 

@@ -1,5 +1,6 @@
 // The numbered ways of bench/kernels/attention_decode.cuh compute attention. The bound is that of attention.cpp for one query:
 // scores of d products, sums of K, an output rounded to bf16.
+// labels: no-sanitizer
 #include <cuda/device_support.hpp>
 
 #include "../../bench/kernels/attention_decode.cuh"

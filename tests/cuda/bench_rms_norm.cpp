@@ -1,4 +1,5 @@
 // The numbered ways of bench/kernels/rms_norm.cuh compute RMSNorm. The bound is that of rows.cpp.
+// labels: no-sanitizer
 #include "device_support.hpp"
 
 #include "../../bench/kernels/rms_norm.cuh"

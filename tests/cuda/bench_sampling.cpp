@@ -1,4 +1,5 @@
 // The numbered ways of bench/kernels/sampling.cuh draw Sampler's tokens.
+// labels: no-sanitizer
 #include "device_support.hpp"
 
 #include "../../bench/kernels/sampling.cuh"
