@@ -4,6 +4,7 @@
 For each probe: preprocessed lines (g++ -E), class and function template instantiations (clang's time trace, which counts the
 same on every run), and peak memory of g++ -O2. `limits` are promises to users and are never raised by --update; `recorded`
 is the last measurement, which may be exceeded by the table's tolerances only. Times are printed, never judged.
+For each public header: preprocessed lines, which its own #include lines decide (`headers`).
 Counts belong to one version of a compiler: with another the test reports itself as skipped.
 """
 
@@ -64,6 +65,38 @@ def measure(name, probe, flags, gcc, clang):
     return measured, seconds
 
 
+def public_headers():
+    include = HERE.parents[1] / "include"
+    names = sorted(str(path.relative_to(include)) for path in include.rglob("*.hpp"))
+    return [name for name in names if not name.endswith(("_impl.hpp", ".inc.hpp", "m2lm/impl.hpp"))]
+
+
+def check_headers(table, flags, gcc, update):
+    """The number of headers over their budget."""
+
+    def lines(header):
+        result = toolchain.run([gcc, *flags, "-E", "-P", "-x", "c++", "-"], input=f"#include <{header}>\n")
+        return sum(1 for line in result.stdout.splitlines() if line.strip()) if result.returncode == 0 else None
+
+    headers, failed = public_headers(), 0
+    measured = dict(zip(headers, toolchain.in_parallel(lines, headers)))
+    if update:
+        table["headers"] = measured
+    for header, value in measured.items():
+        recorded = table["headers"].get(header)
+        problem = ("cannot be preprocessed" if value is None else "nothing recorded yet: run with --update" if recorded is None else
+                   f"{value} lines are more than {table['tolerance']['header_lines']:.0%} above the recorded {recorded}"
+                   if value > recorded * (1 + table["tolerance"]["header_lines"]) else None)
+        if problem:
+            failed += 1
+            print(f"FAILED: <{header}>: {problem}")
+    for header in sorted(set(table["headers"]) - set(headers)):
+        failed += 1
+        print(f"FAILED: <{header}> is recorded, and is no more: run with --update")
+    print(f"{len(headers)} public headers, the longest {max(measured, key=lambda name: measured[name] or 0)}")
+    return failed
+
+
 def excesses(measured, probe, tolerance):
     for what, value in measured.items():
         limit = probe.get("limits", {}).get(what)
@@ -77,7 +110,7 @@ def excesses(measured, probe, tolerance):
 def main():
     parser = toolchain.arguments(__doc__)
     parser.add_argument("--update", action="store_true", help="record what is measured now")
-    parser.add_argument("probes", nargs="*", help="measure these only")
+    parser.add_argument("probes", nargs="*", help="measure these only (and no public header)")
     options = parser.parse_args()
     gcc, clang = toolchain.compiler_or_skip(options.gcc), toolchain.compiler_or_skip(options.clang)
     table = json.loads(TABLE.read_text(encoding="utf-8"))
@@ -109,6 +142,8 @@ def main():
         for problem in excesses(measured, probe, table["tolerance"]):
             failed += 1
             print(f"{'':28} FAILED: {problem}")
+    if not options.probes:
+        failed += check_headers(table, flags, gcc, options.update)
     if options.update:
         TABLE.write_text(json.dumps(table, indent=2) + "\n", encoding="utf-8")
     return 1 if failed else 0

@@ -154,6 +154,7 @@ corpus = {
         "palette8.bmp": bmp(5, 3, 8, bytes(i % 256 for i in range(1024))),
         "small.gif": GIF,
     },
+    "npy": {path.name: path.read_bytes() for path in sorted((GOLDEN / "numpy").iterdir())},
     "pytorch": {
         path.name: path.read_bytes()
         for path in sorted((GOLDEN / "pytorch").glob("*.bin"))

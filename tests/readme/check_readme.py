@@ -1,6 +1,7 @@
 #!/usr/bin/env python3
 """The first program of README.md compiles as printed, header-only and without a warning, runs, and says something. Every other block of C++ in
-the documents is part of a source that is compiled anyway, or compiles here: as printed, or, without an #include, as statements about a Vlm."""
+the documents is part of a source that is compiled anyway, or compiles here: as printed, or, without an #include, as
+members of a class or statements about a Vlm."""
 
 import os
 import pathlib
@@ -49,7 +50,10 @@ def check_blocks(compiler, options):
         if "int main" in block:
             continue  # README's, which is compiled and run
         names.append(str(document))
-        source += f'#line 1 "{document} (block {i})"\n' + (block if "#include" in block else f"[[maybe_unused]] static void shown_{i}() {{\n{block}}}\n")
+        if "#include" not in block:  # members of a class, or statements
+            around = f"struct Shown{i} {{" if block.startswith("template") else f"[[maybe_unused]] static void shown{i}() {{"
+            block = f"{around}\n{block}}};\n"
+        source += f'#line 1 "{document} (block {i})"\n{block}'
     flags = [flag for flag in toolchain.STRICT if flag != "-Wshadow"] + ["-Wno-unused-variable", "-Wno-unused-but-set-variable"]
     result = toolchain.run([compiler, *toolchain.read_flags(options.flags_file), *flags, "-DM2LM_SEPARATE_IMPL=1", "-fsyntax-only", "-x", "c++", "-"], input=source)
     print(f"{len(names)} blocks that are in no source: {', '.join(names)}")

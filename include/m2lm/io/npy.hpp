@@ -5,7 +5,10 @@
 #include <m2lm/core/tensor.hpp>
 #include <m2lm/io/safetensors.hpp>
 
+#include <cstddef>
+#include <memory>
 #include <span>
+#include <string>
 #include <string_view>
 #include <vector>
 
@@ -31,5 +34,12 @@ std::vector<NamedTensor> load_npz(std::string_view path);
 /// Writes tensors as numpy.savez does, atomically, their data on 64-byte borders of the file. requires distinct names that are not empty.
 /// throws CheckpointError as save_npy, and beyond the 4 GiB of a zip archive.
 void save_npz(std::string_view path, std::span<const NamedTensor> tensors);
+
+namespace detail {
+
+/// What numpy.save writes before the elements: a multiple of 64 bytes. throws as save_npy; `path` is named in the message.
+std::string npy_header(const AnyTensor& tensor, std::string_view path);
+
+}  // namespace detail
 
 }  // namespace m2lm

@@ -7,6 +7,7 @@
 #include <m2lm/io/zip_impl.hpp>
 
 #include <algorithm>
+#include <array>
 #include <charconv>
 #include <cstring>
 #include <limits>
@@ -176,7 +177,6 @@ M2LM_IMPL AnyTensor npy_copy(const NpyHeader& header, std::span<const std::byte>
   return AnyTensor(header.dtype, header.shape, out.get(), out);
 }
 
-/// What numpy.save writes before the elements: a multiple of 64 bytes.
 M2LM_IMPL std::string npy_header(const AnyTensor& tensor, std::string_view path) {
   require<CheckpointError>(tensor.has_value() && !npy_type(tensor.dtype()).empty(), path, ": ",
                            tensor.has_value() ? concat("numpy has no ", dtype_name(tensor.dtype()), ": convert it with AnyTensor::to<float>()")
