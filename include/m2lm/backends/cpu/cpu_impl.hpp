@@ -215,38 +215,10 @@ M2LM_IMPL KeyValuesPlan cpu_plan_key_values(DType format, std::int64_t kv_heads,
   return {rounded, static_cast<std::size_t>(kv_heads * rounded * round_up(head_dim, panel_width)) * dtype_size(format)};
 }
 
-/// Stores one head's keys and values; `pair` inputs of a panel lie together.
-template <class E, std::int64_t pair>
-void append_head(const float* k, const float* v, std::int64_t tokens, std::int64_t ld_k, std::int64_t ld_v, std::int64_t first, const KeyValues& kv,
-                 std::int64_t head) {
-  const auto convert = [](float x) {
-    if constexpr (std::is_same_v<E, Bf16>)
-      return to_bf16(x);
-    else
-      return x;
-  };
-  const std::int64_t d = kv.head_dim, dk = round_up(d, pair), dv = round_up(d, panel_width);
-  E* keys = reinterpret_cast<E*>(kv.keys) + head * kv.capacity * dk;
-  E* values = reinterpret_cast<E*>(kv.values) + head * kv.capacity * dv;
-  for (std::int64_t t = 0; t < tokens; ++t) {
-    const std::int64_t key = first + t - (M2LM_FAULT(21) && first > 0 ? 1 : 0);
-    const float* k_row = k + t * ld_k + head * d;
-    const float* v_row = v + t * ld_v + head * d;
-    E* k_out = keys + key / panel_width * panel_width * dk + key % panel_width * pair;
-    E* v_out = values + key / pair * pair * panel_width + key % pair;
-    for (std::int64_t c = 0; c < d; ++c) {
-      k_out[c / pair * pair * panel_width + c % pair] = convert(k_row[c]);
-      v_out[c / panel_width * panel_width * kv.capacity + c % panel_width * pair] = convert(v_row[c]);
-    }
-  }
-}
-
 M2LM_IMPL void cpu_append_key_values(const Cpu& cpu, Matrix<const float> k, Matrix<const float> v, std::int64_t first, const KeyValues& kv) {
+  const AttentionKernels& kernels = cpu_format(cpu, kv.format).attention;
   cpu_for_rows(cpu, kv.kv_heads, k.elements(), [&](std::int64_t head) {
-    if (kv.format == DType::f32)
-      append_head<float, 1>(k.data(), v.data(), k.extent(0), k.stride(0), v.stride(0), first, kv, head);
-    else
-      append_head<Bf16, 2>(k.data(), v.data(), k.extent(0), k.stride(0), v.stride(0), first, kv, head);
+    kernels.append(k.data(), k.stride(0), v.data(), v.stride(0), k.extent(0), first, kv, head);
   });
 }
 

@@ -218,6 +218,9 @@ struct TrainingKernels {
 struct AttentionKernels {
   std::int64_t rows = 0;  ///< (token, head of a group) pairs per tile
   void (*run)(const AttentionJob&, int part, int parts, std::byte* scratch) = nullptr;
+  /// Stores one head's keys and values, rows of k and v, at positions [first, first + tokens).
+  void (*append)(const float* k, std::int64_t ld_k, const float* v, std::int64_t ld_v, std::int64_t tokens, std::int64_t first, const KeyValues& kv,
+                 std::int64_t head) = nullptr;
   std::size_t (*scratch)(std::int64_t head_dim) = nullptr;
   std::int64_t (*partial_floats)(std::int64_t head_dim) = nullptr;  ///< of one segment and tile
 };

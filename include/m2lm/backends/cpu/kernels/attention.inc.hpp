@@ -68,9 +68,27 @@ inline void softmax_row(float* s, std::int64_t low, std::int64_t high, std::int6
     }
     sum = reduce_add(total[0] + total[1]);
   }
-  __builtin_memset(static_cast<void*>(p), 0, static_cast<std::size_t>(begin) * sizeof(X));
-  __builtin_memset(static_cast<void*>(p + end), 0, static_cast<std::size_t>(keys - end) * sizeof(X));
+  if (begin > 0) __builtin_memset(static_cast<void*>(p), 0, static_cast<std::size_t>(begin) * sizeof(X));
+  if (end < keys) __builtin_memset(static_cast<void*>(p + end), 0, static_cast<std::size_t>(keys - end) * sizeof(X));
 }
+
+// What the products will read next. Rows that are all of a head read its keys and values once, at the speed of memory: the keys are then
+// asked for two panels ahead, which the processor does not do across pages, and the values while the scores are made.
+struct KeysAhead {
+  const std::byte* keys = nullptr;  // null: nothing is asked for
+  const std::byte* values = nullptr;
+  std::int64_t key_bytes = 0, value_bytes = 0;         // of a panel of keys; of 32 values and 32 keys
+  std::int64_t value_panels = 0, value_stride = 0;     // the latter in bytes
+
+  void panel(std::int64_t j) const {
+    constexpr std::int64_t line = 64;
+    if (keys == nullptr) return;
+    const std::byte* k = keys + (j + 2) * key_bytes;
+    for (std::int64_t b = 0; b < key_bytes; b += line) __builtin_prefetch(k + b);
+    for (std::int64_t p = 0; p < value_panels; ++p)
+      for (std::int64_t b = 0; b < value_bytes; b += line) __builtin_prefetch(values + p * value_stride + j * value_bytes + b);
+  }
+};
 
 // Both products of attention on the tiles of linear layers.
 template <class Tile>
@@ -84,8 +102,11 @@ struct TileProducts {
   static constexpr std::int64_t wide_floats(std::int64_t dk) { return Tile::widens ? panel_width * (dk > key_segment ? dk : key_segment) : 0; }
 
   // s[count][score_stride] = q[count][ldq] · keys.
-  void scores(std::int64_t count, const X* q, std::int64_t ldq, const W* keys, std::int64_t dk, std::int64_t n, float* s, float* wide) const {
-    for (std::int64_t j = 0; j < n; j += panel_width) run_rows_widened<Tile>(count, q, ldq, keys + j * dk, dk, s + j, score_stride, false, wide);
+  void scores(std::int64_t count, const X* q, std::int64_t ldq, const W* keys, std::int64_t dk, std::int64_t n, float* s, float* wide, const KeysAhead& ahead) const {
+    for (std::int64_t j = 0; j < n; j += panel_width) {
+      ahead.panel(j / panel_width);
+      run_rows_widened<Tile>(count, q, ldq, keys + j * dk, dk, s + j, score_stride, false, wide);
+    }
   }
   // y[count][dv] = the probabilities in the rows of s · values, whose panels are `stride` apart.
   void weigh(std::int64_t count, const float* s, const W* values, std::int64_t stride, std::int64_t n, float* y, std::int64_t dv, float* wide) const {
@@ -165,10 +186,25 @@ class AttentionTile {
     for (std::int64_t r = 0; r < count_; ++r) {
       const std::int64_t row = row0_ + r, head = M2LM_FAULT(18) ? row % group_ * job_.kv_heads + kv_head_ : kv_head_ * group_ + row % group_;
       const float* source = job_.q + row / group_ * job_.ldq + head * job_.head_dim;
-      for (std::int64_t c = 0; c < job_.head_dim; ++c) row_[c] = source[c] * scale;
-      for (std::int64_t c = job_.head_dim; c < ldq_; ++c) row_[c] = 0.0F;
+      std::int64_t c = 0;
+      for (; c + width <= job_.head_dim; c += width) store(row_ + c, load(source + c) * set(scale));
+      for (; c < job_.head_dim; ++c) row_[c] = source[c] * scale;
+      for (; c < ldq_; ++c) row_[c] = 0.0F;
       Products::convert(row_, ldq_, q_ + r * ldq_);
     }
+  }
+
+  // Asks for row r of the next tile's q and of this tile's y, which lie too far apart for the processor to foresee.
+  void prefetch(std::int64_t r) const {
+    constexpr std::int64_t line = 16;
+    const std::int64_t next = row0_ + rows + r, all = job_.tokens * group_, row = row0_ + r;
+    const std::int64_t next_row = next < all ? next : r, next_kv_head = next < all ? kv_head_ : kv_head_ + 1;
+    if (next_kv_head < job_.kv_heads && next_row < all) {
+      const float* q = job_.q + next_row / group_ * job_.ldq + (next_kv_head * group_ + next_row % group_) * job_.head_dim;
+      for (std::int64_t c = 0; c < job_.head_dim; c += line) __builtin_prefetch(q + c, 0);
+    }
+    const float* y = job_.y + row / group_ * job_.ldy + (kv_head_ * group_ + row % group_) * job_.head_dim;
+    for (std::int64_t c = 0; c < job_.head_dim; c += line) __builtin_prefetch(y + c, 1);
   }
 
   void attend(std::int64_t segment, const PartialAttention& to) const {
@@ -176,8 +212,16 @@ class AttentionTile {
     const std::int64_t begin = (start > begin_key_ ? start : begin_key_) / panel_width * panel_width, n = round_up(stop - begin, panel_width);
     const W* keys = reinterpret_cast<const W*>(job_.keys_data) + (kv_head_ * job_.capacity + begin) * dk_;
     const W* values = reinterpret_cast<const W*>(job_.values_data) + kv_head_ * job_.capacity * dv_ + begin * panel_width;
-    products_.scores(count_, q_, ldq_, keys, dk_, n, scores_, wide_);
+    constexpr auto size = static_cast<std::int64_t>(sizeof(W));
+    KeysAhead ahead{.key_bytes = panel_width * dk_ * size, .value_bytes = panel_width * panel_width * size, .value_panels = dv_ / panel_width,
+                    .value_stride = job_.capacity * panel_width * size};
+    if (job_.tokens * group_ <= rows) {
+      ahead.keys = reinterpret_cast<const std::byte*>(keys);
+      ahead.values = reinterpret_cast<const std::byte*>(values);
+    }
+    products_.scores(count_, q_, ldq_, keys, dk_, n, scores_, wide_, ahead);
     for (std::int64_t r = 0; r < count_; ++r) {
+      if (segment == first_segment()) prefetch(r);
       const std::int64_t position = job_.first + (row0_ + r) / group_ + (M2LM_FAULT(19) ? 1 : 0);
       const std::int64_t low = job_.mask.window > 0 ? position - job_.mask.window + 1 - begin : 0;
       const std::int64_t high = (causal_ && position + 1 < stop ? position + 1 : stop) - begin;
@@ -221,14 +265,13 @@ class AttentionTile {
     }
   }
 
-  void run_whole() const {
+  void run_segments() const {
     start();
     load_queries();
     for (std::int64_t segment = first_segment(); segment < end_segment(); ++segment) {
       attend(segment, part_);
       merge(part_);
     }
-    finish();
   }
   // One segment of a tile that several threads share: whoever is the last to come merges what all have left.
   void run_segment(std::int64_t tile, std::int64_t segment) const {
@@ -252,16 +295,101 @@ void attention(const AttentionJob& job, int part, int parts, std::byte* scratch)
   for (int i = 0; i < parts; ++i) {
     const int owner = (part + i) % parts;
     const Range range = split(tasks, parts, owner);
-    std::int32_t* next = job.next + owner * next_stride;
-    for (;;) {
-      const std::int64_t task = range.begin + __atomic_fetch_add(next, 1, __ATOMIC_RELAXED);
-      if (task >= range.end) break;
+    const auto take = [&] { return range.begin + __atomic_fetch_add(job.next + owner * next_stride, 1, __ATOMIC_RELAXED); };
+    for (std::int64_t task = take(); task < range.end;) {
       tile.choose(task / pieces);
-      if (job.partials)
+      if (job.partials) {
         tile.run_segment(task / pieces, task % pieces);
-      else
-        tile.run_whole();
+        task = take();
+      } else {
+        tile.run_segments();
+        task = take();  // before y is written: it would wait until all of that has reached the cache
+        tile.finish();
+      }
     }
+  }
+}
+
+// ---- storing keys and values ------------------------------------------------------------------------------------------------
+
+// The bits of a vector, and 16 of each lane. By the compiler's vector extension: every level rounds as to_bf16 does.
+using Bits [[gnu::vector_size(sizeof(Vec))]] = std::uint32_t;
+using HalfBits [[gnu::vector_size(sizeof(Vec) / 2)]] = std::uint16_t;
+
+// bf16 of `width` numbers, in the upper halves.
+inline Bits upper_bf16(const float* x) {
+  Bits u;
+  __builtin_memcpy(&u, x, sizeof(u));
+  return (u & 0x7fffffffU) > 0x7f800000U ? u | 0x400000U : u + 0x7fffU + ((u >> 16) & 1U);
+}
+inline void round_row(const float* x, std::int64_t n, std::uint16_t* y) {
+  std::int64_t i = 0;
+  for (; i + width <= n; i += width) {
+    const HalfBits half = __builtin_convertvector(upper_bf16(x + i) >> 16, HalfBits);
+    __builtin_memcpy(y + i, &half, sizeof(half));
+  }
+  for (; i < n; ++i) y[i] = m2lm::to_bf16(x[i]).bits;
+}
+
+// Keys of one panel, which begin at its key `lane`: rows of x [count][d] become its columns.
+inline void append_keys(const float* x, std::int64_t ldx, std::int64_t count, std::int64_t d, std::int64_t lane, float* panel) {
+  for (std::int64_t c = 0; c < d; ++c)
+    for (std::int64_t t = 0; t < count; ++t) panel[c * panel_width + lane + t] = x[t * ldx + c];
+}
+inline void append_keys(const float* x, std::int64_t ldx, std::int64_t count, std::int64_t d, std::int64_t lane, std::uint16_t* panel) {
+  constexpr std::int64_t chunk = 128;  // inputs at a time, so that the transposition stays in L1
+  std::uint16_t rows[panel_width][chunk];
+  for (std::int64_t c = 0; c < d; c += chunk) {
+    const std::int64_t n = d - c < chunk ? d - c : chunk;
+    for (std::int64_t t = 0; t < count; ++t) {
+      round_row(x + t * ldx + c, n, rows[t]);
+      if (n % 2 != 0) rows[t][n] = 0;  // n < chunk
+    }
+    for (std::int64_t i = 0; i < n; i += 2) {
+      std::uint16_t* out = panel + (c + i) * panel_width + lane * 2;
+      for (std::int64_t t = 0; t < count; ++t) __builtin_memcpy(out + t * 2, &rows[t][i], 4);
+    }
+  }
+}
+
+// Values of keys key, key + 1, …
+inline void append_values(const float* x, std::int64_t ldx, std::int64_t count, std::int64_t d, std::int64_t key, float* values, std::int64_t capacity) {
+  for (std::int64_t t = 0; t < count; ++t)
+    for (std::int64_t c = 0; c < d; c += panel_width)
+      __builtin_memcpy(values + c * capacity + (key + t) * panel_width, x + t * ldx + c, static_cast<std::size_t>(d - c < panel_width ? d - c : panel_width) * sizeof(float));
+}
+inline void append_values(const float* x, std::int64_t ldx, std::int64_t count, std::int64_t d, std::int64_t key, std::uint16_t* values, std::int64_t capacity) {
+  const auto at = [&](std::int64_t k, std::int64_t c) { return values + c / panel_width * panel_width * capacity + k / 2 * 2 * panel_width + c % panel_width * 2 + k % 2; };
+  for (std::int64_t t = 0; t < count; ++t) {
+    const float* row = x + t * ldx;
+    std::int64_t c = 0;
+    if ((key + t) % 2 == 0 && t + 1 < count) {  // two keys lie side by side
+      const float* next = row + ldx;
+      for (; c + width <= d; c += width) {
+        const Bits both = (upper_bf16(row + c) >> 16) | (upper_bf16(next + c) & 0xffff0000U);
+        __builtin_memcpy(at(key + t, c), &both, sizeof(both));
+      }
+      for (std::int64_t e = c; e < d; ++e) *at(key + t + 1, e) = m2lm::to_bf16(next[e]).bits;
+      for (; c < d; ++c) *at(key + t, c) = m2lm::to_bf16(row[c]).bits;
+      ++t;
+      continue;
+    }
+    for (; c < d; ++c) *at(key + t, c) = m2lm::to_bf16(row[c]).bits;
+  }
+}
+
+// One head's keys and values of `tokens` positions from `first` on.
+template <class W>
+void append(const float* k, std::int64_t ld_k, const float* v, std::int64_t ld_v, std::int64_t tokens, std::int64_t first, const KeyValues& kv, std::int64_t head) {
+  const std::int64_t d = kv.head_dim, dk = round_up(d, static_cast<std::int64_t>(sizeof(float) / sizeof(W))), dv = round_up(d, panel_width);
+  W* keys = reinterpret_cast<W*>(kv.keys) + head * kv.capacity * dk;
+  W* values = reinterpret_cast<W*>(kv.values) + head * kv.capacity * dv;
+  const std::int64_t start = first - (M2LM_FAULT(21) && first > 0 ? 1 : 0);
+  for (std::int64_t t = 0; t < tokens;) {
+    const std::int64_t key = start + t, lane = key % panel_width, count = tokens - t < panel_width - lane ? tokens - t : panel_width - lane;
+    append_keys(k + t * ld_k + head * d, ld_k, count, d, lane, keys + (key - lane) * dk);
+    append_values(v + t * ld_v + head * d, ld_v, count, d, key, values, kv.capacity);
+    t += count;
   }
 }
 
@@ -269,6 +397,7 @@ template <class Products>
 AttentionKernels attention_kernels() {
   return {.rows = Products::rows,
           .run = &attention<Products>,
+          .append = &append<typename Products::W>,
           .scratch = [](std::int64_t head_dim) { return static_cast<std::size_t>(round_up(AttentionTile<Products>::scratch_floats(head_dim) * 4, 64)); },
           .partial_floats = [](std::int64_t head_dim) { return PartialAttention::floats(Products::rows, round_up(head_dim, panel_width)); }};
 }
