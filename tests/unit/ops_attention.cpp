@@ -16,6 +16,8 @@
 
 #include "ops_support.hpp"
 
+#include <bit>
+
 namespace {
 
 using namespace m2lm_test;
@@ -276,6 +278,43 @@ TEST_CASE("attention: what no query of a tile sees is not read") {
         attend(cpu, p, format, matrix(data.q), matrix(data.k), matrix(data.v), y.view<2>());
         attend(cpu, p, format, matrix(data.q), matrix(k), matrix(v), z.view<2>());
         CHECK_MESSAGE(same_bits(matrix(y), matrix(z)), label(variant, format), ", ", threads, " threads");
+      }
+  }
+}
+
+TEST_CASE("key/value layout: every number is stored as to_bf16 rounds it, in its place, at every level") {
+  using detail::panel_width;
+  Random random(409);
+  for (const std::int64_t d : {1, 5, 31, 64, 80, 131, 300}) {
+    constexpr std::int64_t keys = 75, heads = 2;
+    Tensor<float> k(Shape{keys, heads * d}), v(Shape{keys, heads * d});
+    for (Tensor<float>* t : {&k, &v})
+      for (float& x : t->span()) {  // any bits: ties, infinities, NaN, subnormal numbers
+        const std::uint32_t special[] = {0x7f800000U, 0xff800000U, 0x7f800001U, 0xffffffffU, 0x3f808000U, 0x3f818000U, 1U, 0x7f7fffffU};
+        x = std::bit_cast<float>(random.integer(0, 9) == 0 ? special[random.integer(0, 7)] : static_cast<std::uint32_t>(random.integer(0, 0xffffffff)));
+      }
+    for (const DType format : formats)
+      for (const Variant& variant : variants(format)) {
+        Runner<Cpu> cpu(Cpu(variant.options(2)));
+        Cache<Cpu> cache(cpu.ctx, format, heads, d, keys + 9);
+        for (std::int64_t t = 0, count = 1; t < keys; t += count, count = std::min(keys - t, random.integer(1, 40)))
+          ops::append_key_values(cpu.ctx, matrix(k).rows(t, t + count), matrix(v).rows(t, t + count), t, cache.kv);
+        const std::int64_t pair = format == DType::bf16 ? 2 : 1, dk = detail::round_up(d, pair), dv = detail::round_up(d, panel_width);
+        std::int64_t wrong = 0;
+        const auto differs = [&](const std::vector<std::byte>& bytes, std::int64_t at, float x) {
+          const std::byte* from = bytes.data() + at * static_cast<std::int64_t>(dtype_size(format));
+          const Bf16 rounded_x = to_bf16(x);
+          return std::memcmp(from, format == DType::bf16 ? static_cast<const void*>(&rounded_x) : &x, dtype_size(format)) != 0;
+        };
+        for (std::int64_t h = 0; h < heads; ++h)
+          for (std::int64_t t = 0; t < keys; ++t)
+            for (std::int64_t c = 0; c < d; ++c) {
+              const std::int64_t at_key = h * cache.kv.capacity * dk + t / panel_width * panel_width * dk + c / pair * pair * panel_width + t % panel_width * pair + c % pair;
+              const std::int64_t at_value = (h * dv + c / panel_width * panel_width) * cache.kv.capacity + t / pair * pair * panel_width + c % panel_width * pair + t % pair;
+              wrong += differs(cache.keys, at_key, k.data()[t * heads * d + h * d + c]) ? 1 : 0;
+              wrong += differs(cache.values, at_value, v.data()[t * heads * d + h * d + c]) ? 1 : 0;
+            }
+        CHECK_MESSAGE(wrong == 0, label(variant, format), ", head_dim ", d, ": ", wrong);
       }
   }
 }
