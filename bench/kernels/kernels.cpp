@@ -1,5 +1,5 @@
 // The kernels of the CPU backend behind a C interface, so that one process can time them and another library in turns.
-// Built by bench/compare/gemm.py; needs nothing but the library's headers.
+// Built by bench/compare; needs nothing but the library's headers.
 #include "../limits.hpp"
 
 #include <m2lm/core.hpp>
@@ -8,6 +8,7 @@
 #include <cstring>
 #include <memory>
 #include <span>
+#include <string_view>
 #include <utility>
 #include <vector>
 
@@ -21,6 +22,13 @@ CpuOptions options(int threads, int isa, int bf16_dot) {
   if (isa >= 0) o.max_isa = static_cast<IsaLevel>(isa);
   if (bf16_dot >= 0) o.bf16_dot = bf16_dot != 0;
   return o;
+}
+
+/// throws OptionError for a name that no format of weights has.
+DType format_of(std::string_view name) {
+  for (const DType format : {DType::f32, DType::bf16, DType::q8, DType::q4, DType::q4_128, DType::w8a8})
+    if (dtype_name(format) == name) return format;
+  throw OptionError(concat("no format of weights is named ", name));
 }
 
 struct Backend {
@@ -37,7 +45,7 @@ struct Gemm : Backend {
 };
 
 struct Attention : Backend {
-  Tensor<float> q;
+  Tensor<float> q, k, v;
   std::vector<std::byte> keys, values;
   KeyValues kv;
   std::int64_t tokens = 0, count = 0;
@@ -67,10 +75,12 @@ void* bench_read_new(std::int64_t bytes, int threads) { return std::make_unique<
 double bench_read_run(void* reader, std::int64_t bytes, int streams) { return static_cast<Reader*>(reader)->reader.run(bytes, streams); }
 void bench_read_free(void* reader) { delete static_cast<Reader*>(reader); }
 
-void* bench_gemm_new(int threads, int isa, int bf16_dot, int bf16, std::int64_t m, std::int64_t n, std::int64_t k, const float* x, const float* w) {
+/// y = x·wᵀ with x [m, k] and w [n, k], w packed in the format of that name.
+void* bench_gemm_new(int threads, int isa, int bf16_dot, const char* format, std::int64_t m, std::int64_t n, std::int64_t k, const float* x,
+                     const float* w) {
   auto g = std::make_unique<Gemm>(options(threads, isa, bf16_dot));
   const AnyTensor weight(DType::f32, Shape{n, k}, reinterpret_cast<const std::byte*>(w), nullptr);
-  g->weight = ops::pack(g->ctx, std::span(&weight, 1), bf16 ? DType::bf16 : DType::f32);
+  g->weight = ops::pack(g->ctx, std::span(&weight, 1), format_of(format));
   g->x = Matrix<const float>(x, {m, k});
   return g.release();
 }
@@ -92,18 +102,26 @@ void* bench_attention_new(int threads, int isa, int bf16_dot, int bf16, std::int
   a->count = keys;
   a->mask.causal = causal != 0;
   a->scale = scale;
-  a->q = Tensor<float>(Shape{tokens, heads * head_dim});
-  std::memcpy(a->q.data(), q, static_cast<std::size_t>(a->q.elements()) * sizeof(float));
+  const auto copy = [](const float* from, std::int64_t rows, std::int64_t columns) {
+    Tensor<float> out(Shape{rows, columns});
+    std::memcpy(out.data(), from, static_cast<std::size_t>(out.elements()) * sizeof(float));
+    return out;
+  };
+  a->q = copy(q, tokens, heads * head_dim);
+  a->k = copy(k, keys, kv_heads * head_dim);
+  a->v = copy(v, keys, kv_heads * head_dim);
   const KeyValuesPlan plan = ops::plan_key_values(a->ctx, format, kv_heads, head_dim, keys);
   a->keys.resize(plan.bytes);
   a->values.resize(plan.bytes);
   a->kv = {format, kv_heads, head_dim, plan.capacity, a->keys.data(), a->values.data()};
-  ops::append_key_values(a->ctx, Matrix<const float>(k, {keys, kv_heads * head_dim}), Matrix<const float>(v, {keys, kv_heads * head_dim}), 0, a->kv);
+  ops::append_key_values(a->ctx, std::as_const(a->k).view<2>(), std::as_const(a->v).view<2>(), 0, a->kv);
   return a.release();
 }
-double bench_attention_run(void* attention, float* y) {
+/// Seconds. append: with the time of laying out keys and values, as an encoder does for every picture.
+double bench_attention_run(void* attention, int append, float* y) {
   Attention& a = *static_cast<Attention*>(attention);
   const auto start = Clock::now();
+  if (append != 0) ops::append_key_values(a.ctx, std::as_const(a.k).view<2>(), std::as_const(a.v).view<2>(), 0, a.kv);
   ops::attention(a.ctx, std::as_const(a.q).view<2>(), a.kv, a.count, a.mask.causal ? a.count - a.tokens : 0, a.mask, a.scale,
                  Matrix<float>(y, {a.tokens, a.q.shape()[1]}));
   return seconds_since(start);

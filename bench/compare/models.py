@@ -1,0 +1,416 @@
+"""Speed of whole models against llama.cpp, OpenVINO, PyTorch and CTranslate2.
+
+Each program is a process of its own that waits for a line before every round, so that rounds are taken in turns and none spins while another
+is timed. DIR is what install.sh and make_models.py made: DIR/{bin,llama,llama-avx2}, DIR/models. What each computes for the same prompt is
+compared with f32 before anything is timed. The bandwidth probe is taken before each round.
+"""
+
+import json
+import os
+import pathlib
+import random
+import statistics
+import subprocess
+import sys
+import tempfile
+import time
+
+import numpy as np
+
+HERE = pathlib.Path(__file__).resolve().parent
+ROWS = ["4-bit", "4-bit-128", "8-bit", "bf16", "context", "batch", "clip", "picture", "load", "avx2"]
+LENGTHS = [33, 77, 120, 200, 333, 410, 512, 700]
+# Cosine similarity of logits to f32 that random weights leave, by bits; a wrong answer is nowhere near.
+LEAST_COSINE = {"q4": 0.6, "q4_128": 0.5, "q8": 0.98, "w8a8": 0.9, "bf16": 0.99, "int4": 0.5, "int8": 0.9, "q4_0": 0.6, "q8_0": 0.98}
+
+
+class Worker:
+    """A peer: one JSON line for each JSON line."""
+
+    def __init__(self, command, environment=None):
+        self.process = subprocess.Popen([str(c) for c in command], stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True,
+                                        env=dict(os.environ, **(environment or {})))
+        self.ready = self.read()
+
+    def read(self):
+        line = self.process.stdout.readline()
+        if not line:
+            raise RuntimeError(f"{' '.join(map(str, self.process.args))} ended with {self.process.wait()}")
+        return json.loads(line)
+
+    def ask(self, **request):
+        self.process.stdin.write(json.dumps(request) + "\n")
+        self.process.stdin.flush()
+        return self.read()
+
+    def close(self):
+        self.process.stdin.close()
+        self.process.wait()
+
+
+class Ours(Worker):
+    """m2lm-bench --interactive: each line names a test."""
+
+    def ask(self, do, **_):
+        self.process.stdin.write(do + "\n")
+        self.process.stdin.flush()
+        answer = self.read()
+        return {**answer, **answer["results"][0]}
+
+
+class Setup:
+    def __init__(self, args):
+        self.args, self.peers = args, args.peers
+        self.model = args.model or args.peers / "models/llama-1.1b"
+        self.clip = args.peers / "models/clip-l-336"
+        self.python = args.peers / "bin/python"
+        self.scratch = pathlib.Path(tempfile.mkdtemp(prefix="m2lm-compare-"))
+        self.machine = None
+        self.prompt = args.prompt
+        self.references = {}
+
+    # ---- programs -----------------------------------------------------------------------------------------------------------
+
+    def ours(self, precision, *options, isa=None, model=None):
+        command = [self.args.bench, "--model", model or self.model, "--precision", precision, "--threads", self.args.threads, "--interactive", *options]
+        worker = Ours(command, {"M2LM_MAX_ISA": isa} if isa else None)
+        self.machine = self.machine or worker.ready["machine"]
+        return worker
+
+    def llama(self, name, *options, build="llama"):
+        return Worker([self.peers / build / "bin/python", HERE / "workers/llama_cpp.py", self.model / f"model-{name}.gguf", "--threads", self.args.threads,
+                       *options])
+
+    def openvino(self, name, *options, folder=None):
+        return Worker([self.python, HERE / "workers/openvino.py", (folder or self.model) / f"ov-{name}", "--threads", self.args.threads, *options])
+
+    def pytorch(self, format_, *options):
+        return Worker([self.python, HERE / "workers/pytorch.py", self.model, "--format", format_, "--threads", self.args.threads, *options])
+
+    def ctranslate2(self):
+        return Worker([self.python, HERE / "workers/ctranslate.py", self.model / "ct2-int8", "--threads", self.args.threads])
+
+    # ---- outputs before times -----------------------------------------------------------------------------------------------
+
+    def ids(self, count):
+        draw = random.Random(count)
+        return [draw.randrange(3, 31999) for _ in range(count)]
+
+    def check_ours(self, precision, isa=None):
+        """m2lm's logits of its own prompt against f32's."""
+        path = self.scratch / "ours.safetensors"
+        subprocess.run([self.args.bench, "--model", self.model, "--precision", precision, "--threads", str(self.args.threads), "-p", "64", "-n", "0", "-r", "1",
+                        "--dump", path], check=True, stdout=subprocess.DEVNULL, env=dict(os.environ, **({"M2LM_MAX_ISA": isa} if isa else {})))
+        from safetensors.numpy import load_file
+        dump = load_file(path)
+        self.compare(f"m2lm {precision}", precision, dump["logits"][-1].reshape(-1), self.reference(dump["input_ids"].reshape(-1).tolist()))
+
+    def check(self, name, format_, worker, ids):
+        path = self.scratch / "logits.npy"
+        worker.ask(do="prefill", ids=ids, logits=str(path))
+        self.compare(name, format_, np.load(path), self.reference(ids))
+
+    def reference(self, ids):
+        key = tuple(ids)
+        if key not in self.references:
+            path = self.scratch / "f32.npy"
+            worker = Worker([self.python, HERE / "workers/pytorch.py", self.model, "--format", "f32", "--eager", "--threads", self.args.threads,
+                             "--context", len(ids) + 8])
+            worker.ask(do="prefill", ids=ids, logits=str(path))
+            worker.close()
+            self.references[key] = np.load(path)
+        return self.references[key]
+
+    def compare(self, name, format_, got, want):
+        cosine = float(got @ want / np.linalg.norm(got) / np.linalg.norm(want))
+        print(f"    {name}: cosine of the last logits to f32 {cosine:.5f}, the same token: {got.argmax() == want.argmax()}", flush=True)
+        if not cosine >= LEAST_COSINE[format_]:
+            sys.exit(f"{name} computes something else than f32: cosine {cosine}")
+
+    # ---- rounds -------------------------------------------------------------------------------------------------------------
+
+    def rounds(self, row, candidates, unit, probes=None, smaller_is_better=False):
+        """candidates: {name: (peer?, function that returns a value in `unit`)}; prints medians and ratios to the best peer."""
+        values = {name: [] for name in candidates}
+        for round_ in range(self.args.rounds + 1):
+            for name, (_, run) in candidates.items():
+                time.sleep(0.3)
+                value = run()
+                if round_ > 0:  # the first warms up
+                    values[name].append(value)
+        middle = {name: statistics.median(v) for name, v in values.items()}
+        choose = min if smaller_is_better else max
+        theirs = [name for name, (peer, _) in candidates.items() if peer]
+        best = choose(theirs, key=middle.get) if theirs else None
+        for name, value in middle.items():
+            peer = candidates[name][0]
+            ratio = None if peer or not best else (middle[best] / value if smaller_is_better else value / middle[best])
+            spread = (max(values[name]) - min(values[name])) / value
+            text = f"  {ratio:5.2f}x {best}" if ratio else ""
+            print(f"{row:34} {name:30} {value:10.2f} {unit} (spread {spread:4.0%}){text}", flush=True)
+            if self.args.json:
+                with open(self.args.json, "a") as file:
+                    file.write(json.dumps({"row": row, "who": name, "peer": peer, "value": value, "unit": unit, "rounds": values[name], "ratio": ratio,
+                                           "best_peer": best, "machine": self.machine, "model": str(self.model)}) + "\n")
+        return middle
+
+    def prefill_and_decode(self, row, ours, peers):
+        """ours: {name: worker}; peers: {name: (worker, tokens that it decodes)}."""
+        ids, n = self.ids(self.prompt), self.args.tokens
+        probes = []
+
+        def own(worker, test):
+            answer = worker.ask(test)
+            probes.append(answer["read_gb_per_second"])
+            return answer["tokens_per_second"]
+
+        candidates = {name: (False, lambda w=w: own(w, "prefill")) for name, w in ours.items()}
+        candidates |= {name: (True, lambda w=w: len(ids) / w.ask(do="prefill", ids=ids)["seconds"]) for name, (w, _) in peers.items()}
+        self.rounds(f"{row}, prefill {len(ids)}", candidates, "tok/s")
+        candidates = {name: (False, lambda w=w: own(w, "decode")) for name, w in ours.items()}
+        candidates |= {name: (True, lambda w=w, m=m: m / w.ask(do="decode", ids=[1], n=m)["seconds"]) for name, (w, m) in peers.items() if m}
+        self.rounds(f"{row}, decode {n}", candidates, "tok/s")
+        print(f"    reading memory meanwhile: {statistics.median(probes):.1f} GB/s")
+        probe_buffer = 1 << 28  # of m2lm-bench itself, behind loading
+        memory = {name: max(w.ready["peak_memory_bytes"], w.ask("decode")["peak_memory_bytes"] - probe_buffer) for name, w in ours.items()}
+        memory |= {name: w.ask(do="prefill", ids=ids[:8] if "torch" not in name else ids)["peak_memory_bytes"] for name, (w, _) in peers.items()}
+        print("    peak memory, MiB: " + ", ".join(f"{name} {b / 2**20:.0f}" for name, b in memory.items()), flush=True)
+        if self.args.json:
+            with open(self.args.json, "a") as file:
+                file.write(json.dumps({"row": f"{row}, memory", "memory": memory, "probe": statistics.median(probes)}) + "\n")
+        for w in [*ours.values(), *(w for w, _ in peers.values())]:
+            w.close()
+
+
+def language(s, row, precisions, peers, isa=None):
+    """peers: {name: (format, function that starts it, tokens to decode)}"""
+    for p in precisions:
+        s.check_ours(p, isa)
+    started = {}
+    for name, (format_, start, tokens) in peers.items():
+        worker = start()
+        s.check(name, format_, worker, s.ids(s.prompt))
+        started[name] = (worker, tokens)
+    lengths = ["-p", s.prompt, "-n", s.args.tokens]
+    s.prefill_and_decode(row, {f"m2lm {p}": s.ours(p, *lengths, isa=isa) for p in precisions}, started)
+
+
+def four_bit(s):
+    n = s.args.tokens
+    language(s, "4-bit, blocks of 32", ["q4"], {
+        "llama.cpp Q4_0": ("q4_0", lambda: s.llama("q4_0", "--flash", "on"), n),
+        "OpenVINO int4 32": ("int4", lambda: s.openvino("int4-32", "--group", "32"), n // 4)})
+
+
+def four_bit_128(s):
+    language(s, "4-bit, groups of 128", ["q4_128"], {
+        "OpenVINO int4 128": ("int4", lambda: s.openvino("int4-128", "--group", "128"), s.args.tokens // 4)})
+
+
+def eight_bit(s):
+    n = s.args.tokens
+    language(s, "8-bit", ["w8a8", "q8"], {
+        "torch int8": ("int8", lambda: s.pytorch("int8", "--context", s.prompt + n), n // 4),
+        "OpenVINO int8": ("int8", lambda: s.openvino("int8"), n // 4),
+        "CTranslate2 int8": ("int8", s.ctranslate2, n // 4),
+        "llama.cpp Q8_0": ("q8_0", lambda: s.llama("q8_0", "--flash", "on"), n)})
+
+
+def bf16(s):
+    n = s.args.tokens
+    language(s, "bf16", ["bf16"], {
+        "torch compiled": ("bf16", lambda: s.pytorch("bf16", "--context", s.prompt + n), n // 4),
+        "torch eager": ("bf16", lambda: s.pytorch("bf16", "--eager", "--context", s.prompt + n), n // 4),
+        "OpenVINO bf16": ("bf16", lambda: s.openvino("bf16"), n // 4),
+        "llama.cpp BF16": ("bf16", lambda: s.llama("bf16", "--flash", "on"), n // 4)})
+
+
+def context(s):
+    """Flash attention off: with it llama.cpp decodes at a third of the speed here."""
+    n, ids = 32, s.ids(s.args.depth)
+    ours = s.ours("q4", "-p", "0", "-n", n, "--depth", len(ids))
+    llama = s.llama("q4_0", "--flash", "off", "--context", (len(ids) + n + 255) // 256 * 256)
+    s.rounds(f"4-bit, decode behind {len(ids)}", {
+        "m2lm q4": (False, lambda: ours.ask("decode")["tokens_per_second"]),
+        "llama.cpp Q4_0": (True, lambda: n / llama.ask(do="decode", ids=ids, n=n)["seconds"])}, "tok/s")
+    ours.close()
+    llama.close()
+
+
+def batch(s):
+    n = 32
+    prompts = [s.ids(length) for length in LENGTHS]
+    ours = s.ours("q4", "-n", n, "--lengths", ",".join(map(str, LENGTHS)))
+    llama = s.llama("q4_0", "--flash", "off", "--context", "8192", "--sequences", len(prompts))
+    s.rounds(f"4-bit, {len(prompts)} ragged prompts", {
+        "m2lm q4": (False, lambda: ours.ask("decode")["tokens_per_second"]),
+        "llama.cpp Q4_0": (True, lambda: len(prompts) * n / llama.ask(do="batch", prompts=prompts, n=n)["seconds"])}, "tok/s")
+    ours.close()
+    llama.close()
+
+
+def clip_reference(s):
+    """Normalised pixels and the f32 features of them, by OpenVINO in f32."""
+    from safetensors.numpy import load_file
+    dump = s.scratch / "clip.safetensors"
+    subprocess.run([s.args.bench, "--model", s.clip, "--clip", "--precision", "f32", "-r", "1", "--dump", dump], check=True, stdout=subprocess.DEVNULL)
+    pixels = s.scratch / "pixels.npy"
+    np.save(pixels, load_file(dump)["pixels"].reshape(1, 3, 336, 336))
+    worker = s.openvino("bf16", "--clip", "--hint", "f32", folder=s.clip)
+    worker.ask(do="encode", pixels=str(pixels), features=str(s.scratch / "f32.npy"))
+    worker.close()
+    return pixels, np.load(s.scratch / "f32.npy")
+
+
+def cosines(a, b):
+    c = (a * b).sum(-1) / np.linalg.norm(a, axis=-1) / np.linalg.norm(b, axis=-1)
+    return float(c.mean()), float(c.min())
+
+
+def clip(s):
+    from safetensors.numpy import load_file
+    pixels, want = clip_reference(s)
+
+    def show(name, got):
+        mean, least = cosines(got.reshape(want.shape), want)
+        print(f"    {name}: cosine of features to f32 {mean:.6f}, least {least:.6f}", flush=True)
+        if s.args.json:
+            with open(s.args.json, "a") as file:
+                file.write(json.dumps({"row": "CLIP, cosine", "who": name, "mean": mean, "least": least}) + "\n")
+        if mean < 0.97:
+            sys.exit(f"{name} computes something else than f32")
+
+    def peer(name, worker):
+        path = s.scratch / "features.npy"
+        worker.ask(do="encode", pixels=str(pixels), features=str(path))
+        show(name, np.load(path))
+        return worker
+
+    def own(precision):
+        dump = s.scratch / "clip.safetensors"
+        subprocess.run([s.args.bench, "--model", s.clip, "--clip", "--precision", precision, "-r", "1", "--dump", dump], check=True, stdout=subprocess.DEVNULL)
+        show(f"m2lm {precision}", load_file(dump)["features"])
+        return s.ours(precision, "--clip", model=s.clip)
+
+    encode = lambda w: w.ask(do="encode", pixels=str(pixels))["seconds"] * 1e3
+    mine = lambda w: w.ask("clip")["seconds"] * 1e3
+    torch_ = peer("torch bf16", Worker([s.python, HERE / "workers/pytorch_clip.py", s.clip, "--threads", s.args.threads]))
+    workers = {"m2lm bf16": own("bf16")}
+    theirs = {"OpenVINO bf16": peer("OpenVINO bf16", s.openvino("bf16", "--clip", folder=s.clip)), "torch bf16": torch_}
+    s.rounds("CLIP L/14-336, bf16", {**{n: (False, lambda w=w: mine(w)) for n, w in workers.items()},
+                                    **{n: (True, lambda w=w: encode(w)) for n, w in theirs.items()}}, "ms", smaller_is_better=True)
+    for w in [*workers.values(), *theirs.values()]:
+        w.close()
+    workers = {f"m2lm {p}": own(p) for p in ("w8a8", "q8")}
+    theirs = {"OpenVINO int8, static": peer("OpenVINO int8, static", s.openvino("int8-static", "--clip", folder=s.clip)),
+              "OpenVINO int8 weights": peer("OpenVINO int8 weights", s.openvino("int8", "--clip", folder=s.clip))}
+    s.rounds("CLIP L/14-336, 8-bit", {**{n: (False, lambda w=w: mine(w)) for n, w in workers.items()},
+                                     **{n: (True, lambda w=w: encode(w)) for n, w in theirs.items()}}, "ms", smaller_is_better=True)
+    for w in [*workers.values(), *theirs.values()]:
+        w.close()
+
+
+def picture(s):
+    """A picture and 33 tokens in, the first token out: 576 + 33 positions. OpenVINO's parts one after the other, without a projector."""
+    llava = s.peers / "models/llava-1.1b"
+    if not llava.exists():
+        subprocess.run([s.args.bench, "--random", "llava-1.1b", "--write-checkpoint", llava], check=True)
+    pixels, _ = clip_reference(s)
+    ids = s.ids(576 + 33)
+    ours = s.ours("q4", "--picture", "--text-tokens", "33", model=llava)
+    eye = s.openvino("int8-static", "--clip", folder=s.clip)
+    text = s.openvino("int4-32", "--group", "32")
+    both = lambda: (eye.ask(do="encode", pixels=str(pixels))["seconds"] + text.ask(do="prefill", ids=ids)["seconds"]) * 1e3
+    s.rounds("picture + 33 tokens, 4-bit", {"m2lm q4": (False, lambda: ours.ask("picture")["seconds"] * 1e3),
+                                            "OpenVINO int8 + int4": (True, both)}, "ms", smaller_is_better=True)
+    for w in (ours, eye, text):
+        w.close()
+
+
+def load(s):
+    """From the start of loading to the first token after a prompt of one; each process is a new one."""
+    peaks = {}
+
+    def own(model, precision, name):
+        worker = s.ours(precision, "-p", "0", "-n", "0", model=model)
+        worker.close()
+        peaks[name] = worker.ready["peak_memory_bytes"]
+        return worker.ready["first_token_seconds"] * 1e3
+
+    def llama():
+        worker = s.llama("q4_0", "--flash", "on")
+        answer = worker.ask(do="prefill", ids=[1])
+        worker.close()
+        peaks["llama.cpp Q4_0"] = answer["peak_memory_bytes"]
+        return (worker.ready["load_seconds"] + answer["seconds"]) * 1e3
+
+    candidates = {"m2lm q4 of bf16": (False, lambda: own(s.model, "q4", "m2lm q4 of bf16")),
+                  "m2lm q4 of Q4_0": (False, lambda: own(s.model / "model-q4_0.gguf", "q4", "m2lm q4 of Q4_0")),
+                  "llama.cpp Q4_0": (True, llama)}
+    if s.args.packed:
+        candidates["m2lm q4 packed"] = (False, lambda: own(s.args.packed, "q4", "m2lm q4 packed"))
+    s.rounds("load to first token, 4-bit", candidates, "ms", smaller_is_better=True)
+    print("    peak memory, MiB: " + ", ".join(f"{name} {b / 2**20:.0f}" for name, b in peaks.items()), flush=True)
+
+
+def avx2(s):
+    n = s.args.tokens
+    language(s, "4-bit, AVX2 on both sides", ["q4"], {"llama.cpp Q4_0 (AVX2)": ("q4_0", lambda: s.llama("q4_0", "--flash", "on", build="llama-avx2"), n)}, isa="avx2")
+
+
+def draw_model(args):
+    """A checkpoint of drawn dims, in every form that its rows need."""
+    draw = random.Random(args.seed)
+    head_dim, heads = draw.choice((64, 96, 128)), draw.randrange(6, 25)
+    while not 512 <= head_dim * heads <= 5120:
+        heads = draw.randrange(6, 25)
+    kv_heads = draw.choice([h for h in range(1, heads + 1) if heads % h == 0])
+    hidden, intermediate = head_dim * heads, 128 * draw.randrange(12, 80)
+    args.prompt, args.depth = draw.choice((77, 333, 1500)), draw.randrange(100, 3000)
+    name = f"random-{args.seed}"
+    folder = args.peers / "models" / name
+    print(f"\nhidden {hidden}, {heads}/{kv_heads} heads, intermediate {intermediate}, 4 layers, prompt {args.prompt}, context {args.depth}", flush=True)
+    run = lambda python, *command: subprocess.run([python, HERE / command[0], *map(str, command[1:])], check=True, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
+    if not folder.exists():
+        run(args.peers / "bin/python", "make_models.py", "--out", folder.parent, "--name", name, "--hidden", hidden, "--layers", 4, "--heads", heads, "--kv-heads",
+            kv_heads, "--intermediate", intermediate, "llama")
+        run(args.peers / "bin/python", "convert.py", "gguf", folder)
+        run(args.peers / "llama/bin/python", "convert.py", "quantize", folder)
+    args.model = folder
+
+
+def drawn(s):
+    """The rows whose peer was the best at the true dims."""
+    n = s.args.tokens
+    language(s, "drawn, 4-bit", ["q4"], {"llama.cpp Q4_0": ("q4_0", lambda: s.llama("q4_0", "--flash", "on", "--context", s.prompt + n, "--batch", s.prompt), n)})
+    language(s, "drawn, 8-bit", ["w8a8"], {"torch int8": ("int8", lambda: s.pytorch("int8", "--context", s.prompt + n), 0),
+                                           "llama.cpp Q8_0": ("q8_0", lambda: s.llama("q8_0", "--flash", "on", "--context", s.prompt + n, "--batch", s.prompt), n)})
+    language(s, "drawn, bf16", ["bf16"], {"torch compiled": ("bf16", lambda: s.pytorch("bf16", "--context", s.prompt + n), n // 4)})
+    context(s)
+
+
+def add_arguments(parser):
+    parser.add_argument("--peers", type=pathlib.Path, required=True, help="where install.sh and make_models.py put the peers and the models")
+    parser.add_argument("--bench", type=pathlib.Path, required=True, help="m2lm-bench")
+    parser.add_argument("--only", nargs="+", choices=ROWS, default=ROWS)
+    parser.add_argument("--prompt", type=int, default=512)
+    parser.add_argument("--tokens", type=int, default=128)
+    parser.add_argument("--depth", type=int, default=4096)
+    parser.add_argument("--model", type=pathlib.Path, help="another language model than DIR/models/llama-1.1b")
+    parser.add_argument("--packed", type=pathlib.Path, help="load: also from this packed checkpoint")
+
+
+def run(args):
+    if args.random:
+        draw_model(args)
+        drawn(Setup(args))
+        return
+    functions = {"4-bit": four_bit, "4-bit-128": four_bit_128, "8-bit": eight_bit, "bf16": bf16, "context": context, "batch": batch, "clip": clip,
+                 "picture": picture, "load": load, "avx2": avx2}
+    s = Setup(args)
+    for name in args.only:
+        try:
+            functions[name](s)
+        except RuntimeError as error:
+            print(f"{name}: {error}", flush=True)
+    print(json.dumps(s.machine))
