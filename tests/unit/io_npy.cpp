@@ -80,7 +80,27 @@ TEST_CASE("several arrays that NumPy wrote") {
   CHECK(arrays[1].tensor.shape() == Shape{2, 2});
   CHECK(arrays[1].tensor.at(3) == 4.0);
   check_eighths(arrays[2].tensor, DType::f16, {3, 4});
-  CHECK(has(message_of<CheckpointError>([] { (void)m2lm::load_npz(golden("numpy/compressed.npz")); }), "is compressed (method 8); only stored entries are read"));
+}
+
+TEST_CASE("compressed arrays are unpacked") {
+  const std::string path = golden("numpy/compressed.npz");
+  const std::vector<m2lm::NamedTensor> arrays = m2lm::load_npz(path);
+  REQUIRE(arrays.size() == 1);
+  check_eighths(arrays[0].tensor, DType::f32, {2, 3, 4});
+  CHECK(has(message_of<CheckpointError>([&] { (void)m2lm::ZipArchive::open(m2lm::MappedFile::open(path)); }), "is compressed (method 8); only stored entries are read here"));
+
+  const m2lm_test::TemporaryDirectory dir;
+  const std::string good = m2lm::read_file(path);
+  const auto refused = [&](std::size_t at, char value) {
+    std::string bytes = good;
+    bytes[at] = value;
+    return message_of<CheckpointError>([&] { (void)m2lm::load_npz(dir.write("damaged.npz", bytes)); });
+  };
+  const std::size_t directory = good.rfind("PK\x01\x02");
+  CHECK(has(refused(directory + 16, static_cast<char>(good[directory + 16] ^ 1)), "its checksum is"));
+  CHECK(has(refused(directory + 27, '\x7f'), "deflated ones cannot hold"));
+  // Byte by byte: the array as it is, or an error.
+  for (std::size_t at = 0; at < good.size(); ++at) (void)refused(at, static_cast<char>(good[at] ^ 0x55));
 }
 
 TEST_CASE("what is written is, byte for byte, what numpy.save writes") {

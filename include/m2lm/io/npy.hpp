@@ -27,8 +27,8 @@ AnyTensor parse_npy(std::span<const std::byte> bytes, std::shared_ptr<const void
 /// (bf16, q8, q4: convert with AnyTensor::to<float>()), otherwise as FileWriter.
 void save_npy(std::string_view path, const AnyTensor& tensor);
 
-/// The arrays of a .npz file, named without ".npy", in the order of its directory; every checksum is compared. throws CheckpointError as
-/// load_npy and ZipArchive::open do; one of numpy.savez_compressed is refused.
+/// The arrays of a .npz file, named without ".npy", in the order of its directory; every checksum is compared. Those of
+/// numpy.savez_compressed are unpacked, up to 2 GiB each. throws CheckpointError as load_npy and ZipArchive::open do.
 std::vector<NamedTensor> load_npz(std::string_view path);
 
 /// Writes tensors as numpy.savez does, atomically, their data on 64-byte borders of the file. requires distinct names that are not empty.

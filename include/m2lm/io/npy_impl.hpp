@@ -2,6 +2,7 @@
 // Floor: io. May include: core, interop.
 #pragma once
 
+#include <m2lm/interop/stb.hpp>
 #include <m2lm/io/npy.hpp>
 #include <m2lm/io/safetensors_impl.hpp>
 #include <m2lm/io/zip_impl.hpp>
@@ -191,6 +192,24 @@ M2LM_IMPL std::string npy_header(const AnyTensor& tensor, std::string_view path)
   return concat("\x93NUMPY", '\x01', '\0', static_cast<char>(length & 0xffU), static_cast<char>(length >> 8), dict);
 }
 
+/// What a deflated entry becomes. stb, which reads PNG, has the other half of zlib already.
+M2LM_IMPL std::span<const std::byte> inflate(const ZipArchive& archive, const ZipArchive::Entry& entry, std::shared_ptr<const void>& owner) {
+  const auto check = [&](bool ok, const auto&... what) {
+    require<CheckpointError>(ok, archive.file().path(), ": entry \"", entry.name, "\": ", what...);
+  };
+  constexpr auto most = static_cast<std::size_t>(std::numeric_limits<int>::max());
+  check(entry.size <= most && entry.unpacked <= most, "is compressed and larger than 2 GiB; numpy.savez writes it without compression");
+  const std::shared_ptr<std::byte[]> out(aligned_bytes(entry.unpacked));
+  const std::span<const std::byte> packed = archive.bytes(entry);
+  const int length = stb::m2lm_stbi_zlib_decode_noheader_buffer(reinterpret_cast<char*>(out.get()), static_cast<int>(entry.unpacked),
+                                                               reinterpret_cast<const char*>(packed.data()), static_cast<int>(packed.size()));
+  check(length == static_cast<int>(entry.unpacked), "cannot be unpacked: the file is damaged");
+  const std::span<const std::byte> bytes(out.get(), entry.unpacked);
+  check(zip_checksum(bytes) == entry.crc32, "its checksum is ", zip_checksum(bytes), ", the directory says ", entry.crc32, ": the file is damaged");
+  owner = out;
+  return bytes;
+}
+
 }  // namespace detail
 
 M2LM_IMPL AnyTensor parse_npy(std::span<const std::byte> bytes, std::shared_ptr<const void> owner, std::string_view name) {
@@ -234,13 +253,14 @@ M2LM_IMPL void save_npy(std::string_view path, const AnyTensor& tensor) {
 }
 
 M2LM_IMPL std::vector<NamedTensor> load_npz(std::string_view path) {
-  const ZipArchive archive = ZipArchive::open(MappedFile::open(path));
+  const ZipArchive archive = ZipArchive::open(MappedFile::open(path), ZipArchive::Methods::stored_or_deflated);
   std::vector<NamedTensor> out;
   for (const ZipArchive::Entry& entry : archive.entries()) {
     const std::string_view name = entry.name;
     require<CheckpointError>(name.ends_with(".npy"), path, ": entry \"", name, "\" is no .npy file, so this is no .npz file");
-    out.push_back({std::string(name.substr(0, name.size() - 4)),
-                   parse_npy(archive.checked_bytes(entry), archive.file().owner(), concat(path, ": entry \"", name, "\""))});
+    std::shared_ptr<const void> owner = archive.file().owner();
+    const auto bytes = entry.deflated ? detail::inflate(archive, entry, owner) : archive.checked_bytes(entry);
+    out.push_back({std::string(name.substr(0, name.size() - 4)), parse_npy(bytes, std::move(owner), concat(path, ": entry \"", name, "\""))});
   }
   archive.file().require_intact();
   return out;

@@ -1,4 +1,4 @@
-// ZipArchive: the entries of a zip file that are stored without compression, as views of the mapped file.
+// ZipArchive: the entries of a zip file, as views of the mapped file.
 // Floor: io. May include: core, interop.
 #pragma once
 
@@ -21,13 +21,17 @@ class ZipArchive {
   struct Entry {
     std::string name;
     std::size_t begin = 0, size = 0;  ///< of the data, in the file
+    std::size_t unpacked = 0;         ///< bytes that a deflated entry becomes, as the directory says; otherwise `size`
     std::uint32_t crc32 = 0;          ///< what the directory says; see `checked_bytes`
+    bool deflated = false;
   };
+  /// What entries may be: only stored, as torch.save writes them, or also compressed by the method "deflate".
+  enum class Methods : std::uint8_t { stored, stored_or_deflated };
 
   ZipArchive() = default;
   /// Reads the central directory and every local header. throws CheckpointError naming the file, the entry and both sides of a
-  /// contradiction: not a zip file, truncated, compressed or encrypted entries, several volumes, equal names, overlaps.
-  static ZipArchive open(MappedFile file);
+  /// contradiction: not a zip file, truncated, encrypted entries or those of another method, several volumes, equal names, overlaps.
+  static ZipArchive open(MappedFile file, Methods methods = Methods::stored);
 
   const MappedFile& file() const { return state_->file; }
   /// In the order of the central directory.
@@ -35,7 +39,7 @@ class ZipArchive {
   /// nullptr when there is no such entry.
   const Entry* find(std::string_view name) const;
   std::span<const std::byte> bytes(const Entry& entry) const { return file().bytes().subspan(entry.begin, entry.size); }
-  /// The same after comparing the checksum. throws CheckpointError when it differs.
+  /// The same of a stored entry, after comparing the checksum. throws CheckpointError when it differs.
   std::span<const std::byte> checked_bytes(const Entry& entry) const;
 
  private:

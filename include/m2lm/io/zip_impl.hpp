@@ -60,7 +60,7 @@ M2LM_IMPL std::uint32_t zip_checksum(std::span<const std::byte> bytes, std::uint
 
 }  // namespace detail
 
-M2LM_IMPL ZipArchive ZipArchive::open(MappedFile file) {
+M2LM_IMPL ZipArchive ZipArchive::open(MappedFile file, Methods methods) {
   using detail::zip_number;
   auto state = std::make_shared<State>();
   state->file = std::move(file);
@@ -105,7 +105,10 @@ M2LM_IMPL ZipArchive ZipArchive::open(MappedFile file) {
     const auto check_entry = [&](bool ok, const auto&... what) { check(ok, "entry \"", entry.name, "\": ", what...); };
     const auto flags = zip_number<std::uint16_t>(bytes, at + 8), method = zip_number<std::uint16_t>(bytes, at + 10);
     check_entry((flags & 1U) == 0, "is encrypted");
-    check_entry(method == 0, "is compressed (method ", method, "); only stored entries are read, as torch.save and numpy.savez write them");
+    constexpr std::uint16_t deflate = 8;
+    entry.deflated = method == deflate && methods == Methods::stored_or_deflated;
+    check_entry(method == 0 || entry.deflated, "is compressed (method ", method, "); only stored entries are read here",
+                methods == Methods::stored ? ", as torch.save writes them" : ", and those of method 8");
     entry.crc32 = zip_number<std::uint32_t>(bytes, at + 16);
     std::uint64_t stored = zip_number<std::uint32_t>(bytes, at + 20), size = zip_number<std::uint32_t>(bytes, at + 24),
                   local = zip_number<std::uint32_t>(bytes, at + 42);
@@ -126,18 +129,23 @@ M2LM_IMPL ZipArchive ZipArchive::open(MappedFile file) {
       }
       extra = extra.subspan(4U + length);
     }
-    check_entry(stored == size, "is stored in ", stored, " bytes, but has ", size);
+    // No byte of deflated data stands for more than 1,032 of the original.
+    if (entry.deflated)
+      check_entry(size / 1032 <= stored, "is said to become ", size, " bytes, which ", stored, " deflated ones cannot hold");
+    else
+      check_entry(stored == size, "is stored in ", stored, " bytes, but has ", size);
     check_entry(local <= directory.begin && directory.begin - local >= detail::zip_local_size, "is said to be at byte ", local,
                 ", where the directory is");
     check_entry(zip_number<std::uint32_t>(bytes, local) == detail::zip_local_mark, "nothing begins at byte ", local, ": the file is damaged");
     const std::size_t local_name = zip_number<std::uint16_t>(bytes, local + 26), local_extra = zip_number<std::uint16_t>(bytes, local + 28);
     const std::size_t room = directory.begin - local - detail::zip_local_size;
-    check_entry(local_name + local_extra <= room && size <= room - local_name - local_extra, "its ", size,
+    check_entry(local_name + local_extra <= room && stored <= room - local_name - local_extra, "its ", stored,
                 " bytes do not fit before the directory: ", "the file is truncated or damaged");
     const auto local_bytes = bytes.subspan(local + detail::zip_local_size, local_name);
     check_entry(std::equal(name_bytes.begin(), name_bytes.end(), local_bytes.begin(), local_bytes.end()), "has another name where its data are");
     entry.begin = local + detail::zip_local_size + local_name + local_extra;
-    entry.size = size;
+    entry.size = stored;
+    entry.unpacked = size;
     at += detail::zip_central_size + name_size + extra_size + comment_size;
     state->entries.push_back(std::move(entry));
   }
