@@ -104,6 +104,7 @@ M2LM_REGION_BEGIN("avx2,fma,f16c,avx512f,avx512bw,avx512dq,avx512vl,avx512bf16,a
 namespace m2lm::detail::cpu_avx512_bf16::amx {
 #include <m2lm/backends/cpu/kernels/tiles_amx.inc.hpp>
 #include <m2lm/backends/cpu/kernels/gemm_amx.inc.hpp>
+#include <m2lm/backends/cpu/kernels/blocks_amx.inc.hpp>
 #include <m2lm/backends/cpu/kernels/attention_amx.inc.hpp>
 }  // namespace m2lm::detail::cpu_avx512_bf16::amx
 M2LM_REGION_END
@@ -197,6 +198,7 @@ M2LM_IMPL const KernelTable& kernel_table(IsaLevel level, [[maybe_unused]] bool 
           plain.bf16 = cpu_avx512_bf16::amx::bf16_kernels(plain.bf16);
           plain.bf16.attention = cpu_avx512_bf16::attention_kernels<cpu_avx512_bf16::amx::AmxProducts>();
         }
+        if (of == IsaLevel::amx && int8) return cpu_avx512_bf16::amx::with_tiles(plain);
         return int8 ? cpu_avx512::vnni::with_blocks(plain, true) : cpu_avx512::shorts::with_blocks(plain, false);
       };
       const auto all = [&table](IsaLevel of) {

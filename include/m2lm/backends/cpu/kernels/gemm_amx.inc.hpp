@@ -1,12 +1,13 @@
-// Products with weights in bf16 by AMX: tiles of 16 rows of x and 16 outputs. Included inside a namespace of level amx and its target
-// region, behind tiles_amx.
+// Products by AMX with weights in bf16, and in 8 bits with one scale per row (w8a8): tiles of 16 rows of x and 16 outputs. Included inside a
+// namespace of level amx and its target region, behind tiles_amx.
 //
 // x is rounded to bf16 once, for all threads, in tiles: QuantisedRows of two bytes per value, [row tiles][k/32][16][32]. A panel
 // [k/2][32][2] is two columns of tiles as it is. Every output is one chain of TDPBF16PS over k in steps of 32 in ascending order, kept in
-// f32 between blocks: so a row has the same bits alone and in a batch.
+// f32 between blocks: so a row has the same bits alone and in a batch. Of w8a8 a strip is a column of tiles of 64 inputs, and the sums are
+// exact: TDPBSUD multiplies the bytes as they lie, and wraps.
 
-inline constexpr std::int64_t step_inputs = 32;                          // of a product of tiles: 64 bytes of bf16
-inline constexpr std::int64_t step_bytes = step_inputs * panel_width * 2;  // of a panel
+inline constexpr std::int64_t step_inputs = 32;                            // of a product of tiles of bf16: 64 bytes
+inline constexpr std::int64_t step_bytes = panel_width * tile_row_bytes;  // of a panel: two tiles
 // 32 KB of a panel stay in L1 while the rows pass by; 1 MB of x stays in L2 (2 MB where there is AMX) while the panels pass by.
 inline constexpr std::int64_t block_steps = 16;
 inline constexpr std::int64_t rows_in_cache = std::int64_t{1} << 20;
@@ -36,11 +37,52 @@ struct Ahead {
   std::int64_t lines = 0;
 };
 
+/// What a panel's tiles are made of.
+struct Bf16Products {
+  using Sum = float;
+  static constexpr std::int64_t row_stride = panel_width * 4, panel_step = step_bytes;
+  static constexpr std::int64_t second_strip(std::int64_t) { return tile_row_bytes; }
+  static constexpr std::int64_t panel_bytes(std::int64_t k) { return k * panel_width * 2; }
+  static constexpr std::int64_t full_steps(std::int64_t k) { return k / step_inputs; }
+  template <int sum, int x, int w>
+  [[gnu::always_inline]] static void add() {
+    tile_dot_bf16<sum, x, w>();
+  }
+  static void finish(const GemmJob&, const std::byte*, float*, std::int64_t, std::int64_t) {}
+};
+
+struct W8a8Products {
+  using Sum = std::int32_t;
+  static constexpr QuantisedFormat layout = quantised_format(DType::w8a8);
+  static constexpr std::int64_t row_stride = tile_row_bytes, panel_step = step_bytes / 2;
+  static constexpr std::int64_t second_strip(std::int64_t k) { return layout.strip_bytes(k); }
+  static constexpr std::int64_t panel_bytes(std::int64_t k) { return 2 * layout.strip_bytes(k); }
+  static constexpr std::int64_t full_steps(std::int64_t k) { return k / layout.chunk; }
+  template <int sum, int x, int w>
+  [[gnu::always_inline]] static void add() {
+    tile_dot_bytes<sum, x, w>();
+  }
+  // Sums of integers become those of floats, in place.
+  static void finish(const GemmJob& job, const std::byte* panel, float* c, std::int64_t row0, std::int64_t rows) {
+    Vec weight_scale[2];
+    for (int v = 0; v < 2; ++v) weight_scale[v] = load(reinterpret_cast<const float*>(panel + v * second_strip(job.k) + layout.values_bytes(job.k)));
+    for (std::int64_t r = 0; r < rows; ++r) {
+      const std::int64_t block = job.rows.first_block(row0 + r);
+      const __m512i start = _mm512_set1_epi32(job.rows.starts[block]);
+      for (int v = 0; v < 2; ++v) {
+        float* at = c + r * panel_width + v * width;
+        const Vec products = _mm512_maskz_cvtepi32_ps(all_lanes, _mm512_add_epi32(_mm512_loadu_si512(at), start));
+        store(at, fma(products * weight_scale[v], set(job.rows.scales[block]), set(0.0F)));
+      }
+    }
+  }
+};
+
 /// c[16 · tiles][32] (+)= x · w over `steps` steps of a panel, and over `tail` if that is not null. x: a tile of 16 rows, the other
 /// `tile_distance` behind it, and each tile's next step `x_step` behind the one before.
-template <int tiles>
-[[gnu::noinline]] void multiply_tiles(const std::byte* x, std::int64_t x_step, std::int64_t tile_distance, const std::byte* w, std::int64_t steps,
-                                      const std::byte* tail, float* c, bool accumulate, Ahead ahead) {
+template <class Products, int tiles>
+[[gnu::noinline]] void multiply_tiles(const std::byte* x, std::int64_t x_step, std::int64_t tile_distance, const std::byte* w, std::int64_t second,
+                                      std::int64_t steps, const std::byte* tail, float* c, bool accumulate, Ahead ahead) {
   constexpr std::int64_t ldc = panel_width * 4, other = panel_width * tile_height;
   if (accumulate) {
     tile_load<0>(c, ldc);
@@ -56,19 +98,19 @@ template <int tiles>
     tile_zero<3>();
   }
   const auto step = [&](const std::byte* panel) {
-    tile_load<6>(panel, panel_width * 4);
+    tile_load<6>(panel, Products::row_stride);
     tile_load_once<4>(x, tile_row_bytes);
-    tile_dot_bf16<0, 4, 6>();
-    tile_load<7>(panel + tile_row_bytes, panel_width * 4);
-    tile_dot_bf16<1, 4, 7>();
+    Products::template add<0, 4, 6>();
+    tile_load<7>(panel + second, Products::row_stride);
+    Products::template add<1, 4, 7>();
     if constexpr (tiles == 2) {
       tile_load_once<5>(x + tile_distance, tile_row_bytes);
-      tile_dot_bf16<2, 5, 6>();
-      tile_dot_bf16<3, 5, 7>();
+      Products::template add<2, 5, 6>();
+      Products::template add<3, 5, 7>();
     }
     x += x_step;
   };
-  for (std::int64_t s = 0; s < steps; ++s, w += step_bytes) {
+  for (std::int64_t s = 0; s < steps; ++s, w += Products::panel_step) {
     step(w);
     for (std::int64_t i = 0; i < ahead.lines; ++i, ahead.at += 64) __builtin_prefetch(ahead.at, 0, 2);
   }
@@ -89,14 +131,16 @@ inline std::size_t tile_gemm_scratch(std::int64_t m) {
 
 // Threads share out the panels, and with few panels and many rows the rows too; each walks blocks of rows, groups of panels, chunks of inputs,
 // panels and blocks of inputs.
-inline void tile_gemm(const GemmJob& job, int part, int parts, std::byte* scratch) {
+template <class Products>
+void tile_gemm(const GemmJob& job, int part, int parts, std::byte* scratch) {
   const std::int64_t width_of_panel = job.gated ? panel_width / 2 : panel_width;
   const std::int64_t panels = round_up(job.gated ? job.n / 2 : job.n, width_of_panel) / width_of_panel;
   int row_parts = 1;
   while (parts / row_parts % 2 == 0 && panels * row_parts < parts * 4 && job.m >= row_parts * tile_height * 8) row_parts *= 2;
   const Range my_rows = split(job.m, row_parts, part % row_parts, tile_height);
   const Range my_panels = split(panels, parts / row_parts, part / row_parts);
-  const std::int64_t steps = job.rows.chunks, full_steps = job.k / step_inputs, panel_bytes = job.k * panel_width * 2;
+  const std::int64_t steps = job.rows.chunks, full_steps = Products::full_steps(job.k);
+  const std::int64_t panel_bytes = Products::panel_bytes(job.k), second = Products::second_strip(job.k), panel_step = Products::panel_step;
   const GemmWalk walk = gemm_walk(my_rows.end - my_rows.begin, steps);
   const bool chunked = walk.steps < steps;
   const std::int64_t group = chunked ? chunk_panels : 1, sums_of_panel = walk.rows * panel_width;
@@ -123,24 +167,26 @@ inline void tile_gemm(const GemmJob& job, int part, int parts, std::byte* scratc
           float* c = sums + (panel - first) * sums_of_panel;
           for (std::int64_t s = chunk; s < chunk_end || s == 0; s += at_once) {
             const std::int64_t end = chunk_end - s < at_once ? chunk_end : s + at_once;
-            const std::byte* w = job.w + panel * panel_bytes + s * step_bytes;
+            const std::byte* w = job.w + panel * panel_bytes + s * panel_step;
             const bool partial = end > full_steps;
             const std::int64_t whole = end - s - (partial ? 1 : 0);
             if (partial) __builtin_memcpy(tail, w + whole * step_bytes, static_cast<std::size_t>(panel_bytes - full_steps * step_bytes));
             // In a stream what lies some steps ahead; else the next block, in pieces.
-            const std::byte* next = end < chunk_end || !chunked ? w + (end - s) * step_bytes : w - (s - chunk) * step_bytes + panel_bytes;
+            const std::byte* next = end < chunk_end || !chunked ? w + (end - s) * panel_step : w - (s - chunk) * panel_step + panel_bytes;
             const std::int64_t lines = (step_bytes / 64 + pairs - 1) / pairs;
             for (std::int64_t t = 0; t < tiles; t += 2) {
               const Ahead ahead{.at = tiles <= stream_tiles ? w + stream_distance : next + t / 2 * lines * 64 * at_once, .lines = lines};
               const std::byte* rows_of_x = x + t * tile_distance + s * x_step;
               float* to = c + t * tile_height * panel_width;
               if (t + 1 < tiles)
-                multiply_tiles<2>(rows_of_x, x_step, tile_distance, w, whole, partial ? tail : nullptr, to, s > 0, ahead);
+                multiply_tiles<Products, 2>(rows_of_x, x_step, tile_distance, w, second, whole, partial ? tail : nullptr, to, s > 0, ahead);
               else
-                multiply_tiles<1>(rows_of_x, x_step, tile_distance, w, whole, partial ? tail : nullptr, to, s > 0, ahead);
+                multiply_tiles<Products, 1>(rows_of_x, x_step, tile_distance, w, second, whole, partial ? tail : nullptr, to, s > 0, ahead);
             }
           }
-          if (chunk_end == steps) finish_panel(job, c, row0, rows, panel);
+          if (chunk_end < steps) continue;
+          Products::finish(job, job.w + panel * panel_bytes, c, row0, rows);
+          finish_panel(job, c, row0, rows, panel);
         }
       }
     }
@@ -168,7 +214,7 @@ inline FormatKernels bf16_kernels(const FormatKernels& vectors) {
   kernels.quantise = &round_row;
   kernels.row_group = tile_height;
   kernels.value_bytes = 2;
-  kernels.gemm = &tile_gemm;
+  kernels.gemm = &tile_gemm<Bf16Products>;
   kernels.gemm_scratch = &tile_gemm_scratch;
   return kernels;
 }

@@ -44,3 +44,13 @@ template <int sum, int x, int w>
 [[gnu::always_inline]] inline void tile_dot_bf16() {
   asm volatile("tdpbf16ps %%tmm%c2, %%tmm%c1, %%tmm%c0" : : "i"(sum), "i"(x), "i"(w));
 }
+/// sum[r][c] += Σ x[r][4i + t] · w[i][4c + t], x of signed bytes and w of unsigned ones, to 32 bits that wrap.
+template <int sum, int x, int w>
+[[gnu::always_inline]] inline void tile_dot_bytes() {
+  asm volatile("tdpbsud %%tmm%c2, %%tmm%c1, %%tmm%c0" : : "i"(sum), "i"(x), "i"(w));
+}
+/// The same with signed bytes on both sides.
+template <int sum, int x, int w>
+[[gnu::always_inline]] inline void tile_dot_signed_bytes() {
+  asm volatile("tdpbssd %%tmm%c2, %%tmm%c1, %%tmm%c0" : : "i"(sum), "i"(x), "i"(w));
+}
