@@ -39,7 +39,7 @@ class UsageError : public std::runtime_error {
 
 /// Options of every program.
 struct Options {
-  std::string program, model, precision = "bf16", device = "cpu", template_name, dump;
+  std::string program, model, packed_cache, precision = "bf16", device = "cpu", template_name, dump;
   int threads = 0;
   bool json = false, timings = false, check = false;
   m2lm::GenerateOptions generate{};
@@ -68,6 +68,7 @@ inline void add_options(CLI::App& app, Options& o) {
   add_version(app);
   app.add_option("--model", o.model, "Directory of a Hugging Face checkpoint")->envname("M2LM_MODEL")->type_name("DIR");
   add_precision(app, o.precision);
+  app.add_option("--packed-cache", o.packed_cache, "Packed weights that m2lm-pack wrote; default: those beside the checkpoint, if they fit")->type_name("FILE");
   app.add_option("--template", o.template_name, "Chat template instead of the checkpoint's")->type_name("NAME");
   app.add_option("--threads", o.threads, "Threads to work with; 0 = one per core")->check(CLI::Range(0, 1024))->type_name("N");
   app.add_flag("--check", o.check, "Refuse a checkpoint with NaN or infinity among its weights, and name them");
@@ -239,9 +240,15 @@ template <class M>
 M load_model(const Options& o, Report& report, typename M::Backend backend) {
   const Stopwatch watch;
   m2lm::LoadOptions options{.precision = m2lm::Precision{.weights = precision_of(o.precision)}, .template_name = o.template_name, .check = o.check};
+  if (!o.packed_cache.empty()) {
+    options.packed_cache_mode = m2lm::PackedCacheMode::required;
+    options.packed_cache = o.packed_cache;
+  }
   ProgressBar bar;
   options.progress = bar;
   M model = M::from_pretrained(o.model, std::move(backend), options);
+  if (const std::string& why = model.load_report().packed_cache; !why.empty())
+    std::fprintf(stderr, "%s: packed weights are not used: %s\n", o.program.c_str(), why.c_str());
   report.load_seconds = watch.seconds();
   return model;
 }

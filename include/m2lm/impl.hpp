@@ -29,6 +29,7 @@
 #include <m2lm/models/loader_impl.hpp>
 #include <m2lm/models/media_cache_impl.hpp>
 #include <m2lm/models/model_impl.hpp>
+#include <m2lm/models/packed_cache_impl.hpp>
 #include <m2lm/models/save_impl.hpp>
 #include <m2lm/models/sequence_impl.hpp>
 #include <m2lm/sampling/options_impl.hpp>

@@ -31,6 +31,7 @@
 #include <m2lm/models/modality.hpp>
 #include <m2lm/models/model.hpp>
 #include <m2lm/models/names.hpp>
+#include <m2lm/models/packed_cache.hpp>
 #include <m2lm/models/prompt.hpp>
 #include <m2lm/models/save.hpp>
 #include <m2lm/models/sequence.hpp>

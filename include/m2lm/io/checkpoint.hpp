@@ -10,6 +10,7 @@
 
 #include <cstddef>
 #include <memory>
+#include <span>
 #include <string>
 #include <string_view>
 #include <vector>
@@ -52,6 +53,9 @@ class Checkpoint {
   const AnyTensor* find(std::string_view name) const;
   /// Path of the file that holds the tensor. throws CheckpointError when there is no such tensor.
   std::string_view file_of(std::string_view name) const;
+  /// The files that the tensors lie in; none where they were made.
+  std::span<const MappedFile> files() const;
+  bool has_files() const { return state_ != nullptr && !files().empty(); }
   /// Sum of the sizes of all files.
   std::size_t total_bytes() const;
   /// throws CheckpointError naming the file that was truncated, or could not be read, since it was opened: what was read of it since

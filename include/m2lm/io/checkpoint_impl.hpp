@@ -213,6 +213,8 @@ M2LM_IMPL std::string_view Checkpoint::file_of(std::string_view name) const {
   return entry->file == State::no_file ? state_->directory : state_->files[entry->file].path();
 }
 
+M2LM_IMPL std::span<const MappedFile> Checkpoint::files() const { return state_->files; }
+
 M2LM_IMPL std::size_t Checkpoint::total_bytes() const {
   std::size_t sum = 0;
   for (const MappedFile& file : state_->files) sum += file.bytes().size();

@@ -17,6 +17,8 @@ namespace m2lm {
 bool file_exists(std::string_view path);
 /// True when `path` names a directory.
 bool directory_exists(std::string_view path);
+/// When the file was last changed, as "seconds.nanoseconds" since 1970; empty when that is not known.
+std::string file_time(std::string_view path);
 
 /// "dir/name"; `name` alone when `directory` is empty.
 std::string join_path(std::string_view directory, std::string_view name);

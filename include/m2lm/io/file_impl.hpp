@@ -221,6 +221,13 @@ M2LM_IMPL bool directory_exists(std::string_view path) {
   return ::stat(std::string(path).c_str(), &status) == 0 && S_ISDIR(status.st_mode);
 }
 
+M2LM_IMPL std::string file_time(std::string_view path) {
+  struct stat status {};
+  if (::stat(std::string(path).c_str(), &status) != 0) return {};
+  const std::string nanoseconds = std::to_string(status.st_mtim.tv_nsec);
+  return concat(status.st_mtim.tv_sec, ".", std::string(9 - std::min<std::size_t>(9, nanoseconds.size()), '0'), nanoseconds);
+}
+
 M2LM_IMPL std::string join_path(std::string_view directory, std::string_view name) {
   std::string out(directory);
   if (!out.empty() && out.back() != '/') out += '/';

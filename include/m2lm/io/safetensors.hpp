@@ -57,10 +57,11 @@ class Safetensors {
   const MappedFile& mapping() const;
 };
 
-/// Writes the tensors in the given order, atomically. requires distinct names, none "__metadata__".
+/// Writes the tensors in the given order, atomically; the data of the first begin on a multiple of `alignment` bytes (8 or more times 8).
+/// requires distinct names, none "__metadata__".
 /// throws CheckpointError on such a name, on a tensor without value, and as FileWriter does.
 void write_safetensors(std::string_view path, std::span<const NamedTensor> tensors,
-                       const std::map<std::string, std::string>& metadata = {});
+                       const std::map<std::string, std::string>& metadata = {}, std::size_t alignment = 8);
 
 namespace detail {
 

@@ -237,7 +237,7 @@ M2LM_IMPL AnyTensor Safetensors::tensor(std::string_view name) const {
 }
 
 M2LM_IMPL void write_safetensors(std::string_view path, std::span<const NamedTensor> tensors,
-                                 const std::map<std::string, std::string>& metadata) {
+                                 const std::map<std::string, std::string>& metadata, std::size_t alignment) {
   JsonWriter header;
   header.begin_object();
   if (!metadata.empty()) {
@@ -259,8 +259,9 @@ M2LM_IMPL void write_safetensors(std::string_view path, std::span<const NamedTen
   }
   header.end_object();
   std::string text = header.text();
-  text.append((8 - text.size() % 8) % 8, ' ');  // so that the data begin on an 8-byte border
-  const std::uint64_t length = text.size();
+  std::uint64_t length = 0;
+  text.append((alignment - (sizeof(length) + text.size()) % alignment) % alignment, ' ');  // so that the data begin on such a border
+  length = text.size();
   FileWriter writer(path);
   writer.write(std::as_bytes(std::span(&length, 1)));
   writer.write(text);

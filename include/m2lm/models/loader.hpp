@@ -16,6 +16,8 @@ namespace m2lm {
 /// What a checkpoint and a model disagree on. Each entry is a sentence with names, shapes and the nearest name there is.
 struct LoadReport {
   std::vector<std::string> missing, misshaped, unexpected;
+  std::string packed_cache = {};     ///< why a file of packed weights that is there was not used; empty when there is nothing to say
+  std::size_t mapped_matrices = 0;  ///< packed matrices that came from such a file
 
   bool complete() const { return missing.empty() && misshaped.empty(); }
   /// All entries, one per line.

@@ -12,6 +12,7 @@
 #include <m2lm/models/loader.hpp>
 #include <m2lm/models/media_cache.hpp>
 #include <m2lm/models/modality.hpp>
+#include <m2lm/models/packed_cache.hpp>
 #include <m2lm/models/prompt.hpp>
 #include <m2lm/models/save.hpp>
 #include <m2lm/models/sequence.hpp>
@@ -47,6 +48,8 @@ struct LoadOptions {
   AdapterMode adapter_mode = AdapterMode::merge;
   std::string_view vision_tower = {};                          ///< of LLaVA's own layout: the tower's directory, or the one that it is in
   std::string_view tokenizer_directory = {};                   ///< of from_config: where the tokenizer and preprocessor files are, if any
+  PackedCacheMode packed_cache_mode = PackedCacheMode::when_valid;
+  std::string_view packed_cache = {};                          ///< the file of packed weights; default: the one beside the checkpoint, for `weights`
 };
 
 namespace detail {
@@ -56,10 +59,17 @@ struct ModelFiles {
   std::string directory;
   ConfigValue config;
   Checkpoint checkpoint;
+  PackedCache packed;
   std::optional<Tokenizer> tokenizer;   ///< empty when the directory has none; `tokenizer_error` says why
   std::string tokenizer_error;
   const ChatTemplate* chat_template = nullptr;
   std::vector<std::int32_t> stop_tokens;
+
+  /// throws CheckpointError naming a file that was truncated, or could not be read, since it was opened.
+  void require_intact() const {
+    checkpoint.require_intact();
+    packed.require_intact();
+  }
 };
 ModelFiles open_model_files(std::string_view directory, const LoadOptions& options);
 
@@ -337,15 +347,27 @@ Model<B, P, D, C...> Model<B, P, D, C...>::load(detail::ModelFiles files, B back
   if (!options.allow_unexpected && !state.report.unexpected.empty())
     throw CheckpointError(concat("m2lm: the checkpoint in ", directory, " holds tensors that the model does not know:", state.report.string()));
 
+  detail::PackedCache& packed = state.files.packed;
+  if constexpr (!PackedForm<B>::name.empty()) {
+    std::string path(options.packed_cache);
+    if (path.empty()) path = detail::packed_cache_path(directory, PackedForm<B>::name, precision.weights);
+    state.report.packed_cache = packed.start({options.packed_cache_mode, std::move(path), PackedForm<B>::name, PackedForm<B>::version, options.check}, parameters,
+                                             state.files.checkpoint);
+  } else {
+    require<OptionError>(options.packed_cache_mode == PackedCacheMode::when_valid || options.packed_cache_mode == PackedCacheMode::ignored,
+                         "m2lm: this backend has no packed weights in files");
+  }
+
   // Bytes that packing takes: matrices in the format of their part, vectors in the backend's scalar.
   std::size_t needed = 0;
   for (std::size_t i = 0; i < parameters.size(); ++i) {
     const Parameter& p = *parameters[i].parameter;
     // An embedding table is read where it lies; only as the head too it is packed.
     if (HostBackend<B> && parameters[i].name == "model.embed_tokens.weight" && !state.decoder.config().tie_word_embeddings) continue;
-    const bool packed = p.shape.rank() >= 2 && std::is_same_v<HostScalar, float> && !std::is_same_v<B, Reference<float>>;
-    needed += packed ? ops::packed_bytes(ops::format_to_pack(std::span(&p.value, 1), formats[i]), p.shape)
-                     : static_cast<std::size_t>(p.shape.elements()) * sizeof(Scalar);
+    const bool is_packed = p.shape.rank() >= 2 && std::is_same_v<HostScalar, float> && !std::is_same_v<B, Reference<float>>;
+    const DType format = is_packed ? ops::format_to_pack(std::span(&p.value, 1), formats[i]) : DType::native;
+    if (packed.holds(parameters[i].name, format)) continue;
+    needed += is_packed ? ops::packed_bytes(format, p.shape) : static_cast<std::size_t>(p.shape.elements()) * sizeof(Scalar);
   }
   if (!options.adapter.empty())
     needed += detail::apply_adapter(parameters, options.adapter, options.adapter_mode, hugging_face_names, options.limits, options.follow_links);
@@ -363,13 +385,26 @@ Model<B, P, D, C...> Model<B, P, D, C...>::load(detail::ModelFiles files, B back
   Arena arena(memory_of(state.backend));
   Context<B> ctx{state.backend, arena, &state.decoder.embed_tokens.weight.value};
   state.decoder.make_cache(ctx, model.cache_format(), 0);  // a format that the backend has not is said now
+  const auto find = [&](std::span<const AnyTensor> sources, DType format, bool gated) {
+    std::int64_t rows = 0;
+    for (const AnyTensor& source : sources) rows += source.shape()[0];
+    PackedMatrix found = packed.find(sources, format, gated, PackedForm<B>::bytes(state.backend, format, rows, ops::columns_of(sources[0].shape()), gated));
+    if (!found.empty()) ++state.report.mapped_matrices;
+    return found;
+  };
+  const auto made = [&](std::span<const AnyTensor> sources, const PackedMatrix& matrix) {
+    if (packed.writes()) packed.keep(sources, matrix);
+  };
+  const PackHooks hooks{find, made};
+  if (packed.reads() || packed.writes()) ctx.packing = &hooks;
   const double share = components == 0 ? 1.0 : 0.8;
   state.decoder.prepare(ctx, precision, [&](std::int64_t done, std::int64_t total) {
     if (options.progress) options.progress(share * static_cast<double>(done) / static_cast<double>(total));
   });
   std::apply([&](auto&... c) { (c.prepare(ctx, precision), ...); }, state.component);
   if (options.progress) options.progress(1.0);
-  state.files.checkpoint.require_intact();
+  if (packed.writes()) packed.write(state.files.checkpoint);
+  state.files.require_intact();
   state.files.checkpoint.release_pages();
   return model;
 }
@@ -609,7 +644,7 @@ auto Model<B, P, D, C...>::logits(std::span<const PromptType> prompts) const -> 
       out.push_back(ops::download(ctx, Matrix<const AccumulatorOf<B>>(logits)));
     }
   }
-  state_->files.checkpoint.require_intact();
+  state_->files.require_intact();
   return out;
 } catch (const std::bad_alloc&) {
   detail::throw_out_of_memory("the logits of a prompt");
@@ -656,7 +691,7 @@ auto Model<B, P, D, C...>::hidden_states(const PromptType& prompt, std::span<con
     const bool again = std::find(wanted.begin() + static_cast<std::ptrdiff_t>(i) + 1, wanted.end(), wanted[i]) != wanted.end();
     out.push_back(again ? state.clone() : std::move(state));
   }
-  state_->files.checkpoint.require_intact();
+  state_->files.require_intact();
   return out;
 } catch (const std::bad_alloc&) {
   detail::throw_out_of_memory("the hidden states of a prompt");

@@ -441,7 +441,7 @@ void BasicSession<M>::decode(Answering& a, Tensor<S> hidden) {
       for (const std::size_t i : a.active) a.count_step(i);
     }
     state.decoder.predict(a.ctx, hidden.template view<2>().rows(0, a.count()), logits.template view<2>().rows(0, a.count()));
-    state.files.checkpoint.require_intact();  // embeddings are read from the file
+    state.files.require_intact();  // embeddings are read from the file, and packed weights may be
     for (std::int64_t r = 0; r < a.count(); ++r) {
       const std::size_t i = a.active[static_cast<std::size_t>(r)];
       S* row = logits.data() + r * vocab;

@@ -62,7 +62,13 @@ PackedMatrix pack(Context<B>& ctx, std::span<const AnyTensor> sources, DType for
   if (gated)
     require(sources.size() == 2 && sources[0].shape()[0] == sources[1].shape()[0],
             "m2lm::ops::pack: a gated matrix is made of two with the same number of rows");
-  return Impl<Pack, B>::run(ctx, sources, format_to_pack(sources, format), gated);
+  const DType kept = format_to_pack(sources, format);
+  if (!ctx.packing) return Impl<Pack, B>::run(ctx, sources, kept, gated);
+  PackedMatrix found = ctx.packing->find(sources, kept, gated);
+  if (!found.empty()) return found;
+  found = Impl<Pack, B>::run(ctx, sources, kept, gated);
+  ctx.packing->made(sources, found);
+  return found;
 }
 
 /// y = act(x·wᵀ + bias) + residual; gated: y = act(first half) · second half (+ residual), with half the columns.

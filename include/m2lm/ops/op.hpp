@@ -3,9 +3,13 @@
 #pragma once
 
 #include <m2lm/core/arena.hpp>
+#include <m2lm/core/function_ref.hpp>
 #include <m2lm/core/packed.hpp>
 #include <m2lm/core/policy.hpp>
 #include <m2lm/core/tensor.hpp>
+
+#include <span>
+#include <string_view>
 
 namespace m2lm {
 
@@ -72,6 +76,20 @@ Tensor<T> make_tensor([[maybe_unused]] const B& backend, const Shape& shape) {
     return Tensor<T>(shape, backend.memory());
 }
 
+/// What ops::pack asks before it packs, and tells when it has packed.
+struct PackHooks {
+  FunctionRef<PackedMatrix(std::span<const AnyTensor>, DType, bool gated)> find;  ///< an empty matrix: pack it
+  FunctionRef<void(std::span<const AnyTensor>, const PackedMatrix&)> made;
+};
+
+/// The form that a backend packs weights in, where it may be kept in a file. A backend that has none leaves this as it is.
+template <class B>
+struct PackedForm {
+  static constexpr std::string_view name = {};
+  static constexpr int version = 0;
+  static std::size_t bytes(const B&, DType, std::int64_t, std::int64_t, bool) { return 0; }
+};
+
 namespace ops {
 
 struct CopyRows;
@@ -101,6 +119,7 @@ struct Context {
   Arena& arena;
   const AnyTensor* embedding_table = nullptr;  ///< [vocabulary, hidden], or null where there is no decoder
   Arena* tape = nullptr;                       ///< saved activations; null in inference
+  const PackHooks* packing = nullptr;          ///< while a model is loaded, where its packed weights may come from
 
   /// Where a forward pass puts its activations: on the tape if its backward pass will want them, else into scratch memory.
   Arena& storage(bool saved) const {

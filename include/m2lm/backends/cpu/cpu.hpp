@@ -14,6 +14,7 @@
 #include <memory>
 #include <optional>
 #include <span>
+#include <string_view>
 
 namespace m2lm {
 
@@ -52,6 +53,7 @@ namespace detail {
 
 // Non-template halves of the ops below.
 PackedMatrix cpu_pack(const Cpu& cpu, std::span<const AnyTensor> sources, DType format, bool gated);
+std::size_t cpu_packed_bytes(const Cpu& cpu, DType format, std::int64_t rows, std::int64_t cols, bool gated);
 void cpu_linear(const Cpu& cpu, Arena& arena, Matrix<const float> x, const PackedMatrix& w, const Epilogue<float>& epilogue, Matrix<float> y);
 void cpu_append_key_values(const Cpu& cpu, Matrix<const float> k, Matrix<const float> v, std::int64_t first, const KeyValues& kv);
 void cpu_copy_key_values(const KeyValues& from, std::int64_t count, const KeyValues& to);
@@ -63,6 +65,15 @@ void cpu_patchify(View<const float, 3> pixels, std::int64_t patch, Matrix<float>
 void cpu_for_rows(const Cpu& cpu, std::int64_t rows, std::int64_t elements, FunctionRef<void(std::int64_t)> f);
 
 }  // namespace detail
+
+template <>
+struct PackedForm<Cpu> {
+  static constexpr std::string_view name = "cpu";
+  static constexpr int version = detail::packed_layout_version;
+  static std::size_t bytes(const Cpu& cpu, DType format, std::int64_t rows, std::int64_t cols, bool gated) {
+    return detail::cpu_packed_bytes(cpu, format, rows, cols, gated);
+  }
+};
 
 namespace ops {
 

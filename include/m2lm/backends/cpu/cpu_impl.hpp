@@ -42,6 +42,12 @@ M2LM_IMPL void cpu_for_rows(const Cpu& cpu, std::int64_t rows, std::int64_t elem
   });
 }
 
+/// Panels of a matrix: those of a gated one have 16 rows of each half.
+inline std::int64_t panels_of(std::int64_t rows, bool gated) {
+  const std::int64_t step = gated ? panel_width / 2 : panel_width;
+  return round_up(gated ? rows / 2 : rows, step) / step;
+}
+
 /// Where the rows of `sources` below each other are found.
 struct PackedRows {
   std::span<const AnyTensor> sources;
@@ -52,7 +58,7 @@ struct PackedRows {
     for (const AnyTensor& s : sources) rows += s.shape()[0];
   }
   std::int64_t step() const { return gated ? panel_width / 2 : panel_width; }
-  std::int64_t panels() const { return round_up(gated ? rows / 2 : rows, step()) / step(); }
+  std::int64_t panels() const { return panels_of(rows, gated); }
 
   struct Row {
     const AnyTensor* source = nullptr;  // null in the padding
@@ -143,6 +149,10 @@ inline void pack_panel_of_rows(const PackedRows& from, std::int64_t panel, std::
 inline std::size_t panel_bytes(DType format, std::int64_t k) {
   if (is_quantised(format)) return static_cast<std::size_t>(panel_width / strip_width * quantised_format(format).strip_bytes(k));
   return static_cast<std::size_t>(panel_width * k) * dtype_size(format);
+}
+
+M2LM_IMPL std::size_t cpu_packed_bytes(const Cpu& cpu, DType format, std::int64_t rows, std::int64_t cols, bool gated) {
+  return static_cast<std::size_t>(panels_of(rows, gated)) * panel_bytes(format, round_up(cols, cpu_format(cpu, format).k_step));
 }
 
 M2LM_IMPL PackedMatrix cpu_pack(const Cpu& cpu, std::span<const AnyTensor> sources, DType format, bool gated) {
