@@ -35,6 +35,12 @@ class Documents(unittest.TestCase):
         for model in models:
             self.assertLessEqual(len(model.read_text().splitlines()), 60, model.name)
 
+    def test_ways_of_consuming_the_package_are_those_that_are_tested(self):
+        registered = " ".join(re.findall(r"^m2lm_packaging_tests\(\S+ ([\w ]+)\)$", (ROOT / "tests" / "CMakeLists.txt").read_text(), re.MULTILINE)).split()
+        self.assertGreaterEqual(len(registered), 13)
+        named = re.findall(r"`packaging\.(\w+)`", (ROOT / "docs" / "packaging.md").read_text())
+        self.assertEqual(sorted(registered), sorted(set(named)))
+
     def test_links(self):
         for document in DOCUMENTS:
             prose = re.sub(r"^```.*?^```", "", document.read_text(), flags=re.MULTILINE | re.DOTALL)
