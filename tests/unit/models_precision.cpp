@@ -1,4 +1,4 @@
-// Models with weights in blocks of 8 and 4 bits: what is packed in what, what it takes, and that the bits depend on nothing else.
+// Models with weights in 8 and 4 bits: what is packed in what, what it takes, and that the bits depend on nothing else.
 #include "models_support.hpp"
 
 #include <cmath>
@@ -9,7 +9,7 @@ namespace {
 
 using namespace m2lm_test;
 
-constexpr DType block_formats[] = {DType::q8, DType::q4};
+constexpr DType block_formats[] = {DType::q8, DType::q4, DType::q4_128, DType::w8a8};
 
 Lm load(const std::string& directory, const Precision& precision, int threads = 2) {
   return Lm::from_pretrained(directory, Cpu({.threads = threads}), {.precision = precision});
@@ -47,8 +47,9 @@ TEST_CASE("weights in blocks: near the model in f32, and the same bits alone, in
     std::printf("%s: logits of a random model differ by %.3g of their norm\n", std::string(m2lm::dtype_name(format)).c_str(), distance);
     // A step is 1/127 or 1/8 of a block's largest value (2.2 deviations): rounding is noise of 1 % (weights and inputs) or 8 % of a product's
     // norm, and eight products follow each other in the two layers. What is wrong differs by the whole norm or more.
-    CHECK(distance < (format == DType::q8 ? 0.08 : 0.7));
-    CHECK(distance > (format == DType::q8 ? 0.01 : 0.08));
+    const bool in_bytes = format == DType::q8 || format == DType::w8a8;
+    CHECK(distance < (in_bytes ? 0.08 : 0.7));
+    CHECK(distance > (in_bytes ? 0.01 : 0.08));
     const Lm alone = load(directory.path(), {.weights = format}, 1), four = load(directory.path(), {.weights = format}, 4);
     CHECK(same_bits(alone.logits(alone.prompt(ids)), logits));
     CHECK(same_bits(four.logits(four.prompt(ids)), logits));
