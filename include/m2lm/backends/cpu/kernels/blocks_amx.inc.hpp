@@ -33,8 +33,7 @@ inline void unpack(const std::byte* strip, std::int64_t first, std::int64_t coun
   }
 }
 
-// c[16][16] (+)= a tile of rows · blocks [first, first + count) of a strip. `products`: two tiles of sums, for the block that is multiplied
-// and the one before it, which is scaled meanwhile.
+// c[16][16] (+)= a tile of rows · blocks [first, first + count) of a strip. `products`: room for two tiles of sums. requires count > 0.
 template <DType format>
 [[gnu::noinline]] void multiply_blocks(const QuantisedRows& rows, std::int64_t row, const std::byte* unpacked, const std::byte* strip, std::int64_t first,
                                        std::int64_t count, float* c, std::int32_t* products) {
@@ -54,8 +53,8 @@ template <DType format>
       tile_load<6 + tile>(unpacked, tile_row_bytes);
       tile_dot_signed_bytes<tile, 4 + tile, 6 + tile>();
     }
-    tile_store<tile>(products + tile * tile_height * strip_width, tile_row_bytes);
   };
+  const auto keep = [&]<int tile>() { tile_store<tile>(products + tile * tile_height * strip_width, tile_row_bytes); };
   const auto scale = [&](int tile) {
     const Vec weight_scale = load_halves(of_weights);
     M2LM_UNROLL
@@ -66,17 +65,18 @@ template <DType format>
     scales += tile_height;
     of_weights += tile_bytes(format);
   };
+  // A tile's sums leave it just before the block that takes its place: so the tile unit is busy while the vector unit scales.
   multiply.template operator()<0>();
-  std::int64_t b = 1;
-  for (; b + 1 < count; b += 2) {
-    multiply.template operator()<1>();
+  if (count > 1) multiply.template operator()<1>();
+  for (std::int64_t b = 0; b < count; b += 2) {
+    keep.template operator()<0>();
+    if (b + 2 < count) multiply.template operator()<0>();
     scale(0);
-    multiply.template operator()<0>();
+    if (b + 1 == count) break;
+    keep.template operator()<1>();
+    if (b + 3 < count) multiply.template operator()<1>();
     scale(1);
   }
-  if (b < count) multiply.template operator()<1>();
-  scale(0);
-  if (b < count) scale(1);
   M2LM_UNROLL
   for (int r = 0; r < tile_height; ++r) store(c + r * panel_width, sum[r]);
 }
@@ -119,7 +119,7 @@ void block_gemm(const GemmJob& job, int part, int parts, std::byte* scratch) {
   const std::int64_t at_once = block_rows_at_once(job.k);
   for (std::int64_t row0 = my_rows.begin; row0 < my_rows.end; row0 += at_once) {
     const std::int64_t rows = my_rows.end - row0 < at_once ? my_rows.end - row0 : at_once;
-    const std::int64_t alone = rows % tile_height < tile_from ? rows % tile_height : 0, in_tiles = rows - alone;
+    const std::int64_t alone = job.k == 0 ? rows : rows % tile_height < tile_from ? rows % tile_height : 0, in_tiles = rows - alone;
     for (std::int64_t panel = my_panels.begin; panel < my_panels.end; ++panel) {
       for (std::int64_t half = 0; half < 2; ++half) {
         const std::byte* strip = job.w + (panel * 2 + half) * strip_bytes;
@@ -130,9 +130,7 @@ void block_gemm(const GemmJob& job, int part, int parts, std::byte* scratch) {
           for (std::int64_t r = 0; r < in_tiles; r += tile_height)
             multiply_blocks<format>(job.rows, row0 + r, unpacked, strip, first, count, c + r * panel_width, products);
         }
-        if (alone > 0 || job.rows.blocks == 0)
-          cpu_avx512::vnni::multiply_rows<format>(job.rows, job.rows.blocks == 0 ? row0 : row0 + in_tiles, job.rows.blocks == 0 ? rows : alone, strip,
-                                                  job.rows.blocks == 0 ? c : c + in_tiles * panel_width);
+        if (alone > 0) cpu_avx512::vnni::multiply_rows<format>(job.rows, row0 + in_tiles, alone, strip, c + in_tiles * panel_width);
       }
       finish_panel(job, sums, row0, rows, panel);
     }
@@ -148,13 +146,19 @@ FormatKernels block_kernels() {
   return kernels;
 }
 
+// With few rows the weights are what a product waits for, and VNNI reads them as fast; the sums are exact either way.
+inline void w8a8_gemm(const GemmJob& job, int part, int parts, std::byte* scratch) {
+  const auto multiply = job.rows.group < tile_from ? &cpu_avx512::vnni::block_gemm_of<DType::w8a8> : &tile_gemm<W8a8Products>;
+  multiply(job, part, parts, scratch);
+}
+
 inline KernelTable with_tiles(KernelTable table) {
   table.q8 = block_kernels<DType::q8>();
   table.q4 = block_kernels<DType::q4>();
   table.q4_128 = block_kernels<DType::q4_128>();
   table.w8a8 = cpu_avx512::vnni::block_kernels<DType::w8a8>();
   table.w8a8.row_group = tile_height;
-  table.w8a8.gemm = &tile_gemm<W8a8Products>;
+  table.w8a8.gemm = &w8a8_gemm;
   table.w8a8.gemm_scratch = &tile_gemm_scratch;
   table.int8_dot = true;
   return table;
