@@ -6,7 +6,8 @@ set -euo pipefail
 packages=(g++ cmake ninja-build libeigen3-dev nlohmann-json3-dev libsentencepiece-dev libstb-dev libcli11-dev)
 case "${1-}" in
   "") ;;
-  --tests) packages+=(clang libclang-rt-dev doctest-dev python3 python3-venv libxtensor-dev pkg-config gdb doxygen) ;;
+  --tests) packages+=(clang libclang-rt-dev doctest-dev python3 python3-venv libxtensor-dev pkg-config gdb doxygen g++-aarch64-linux-gnu qemu-user
+    valgrind) ;;
   *) sed -n '2,3s/^# //p' "$0" >&2; exit 2 ;;
 esac
 

@@ -149,10 +149,10 @@ TEST_CASE("errors: one base, a message of joined pieces") {
   CHECK_NOTHROW(require(true, "not thrown"));
   CHECK_THROWS_WITH_AS(require(false, "a ", 1), "a 1", ShapeError);
   CHECK_THROWS_WITH_AS(require<InputError>(false, "b"), "b", InputError);
-  for (const auto& raise : {+[] { throw ShapeError("x"); }, +[] { throw CheckpointError("x"); }, +[] { throw InputError("x"); },
-                            +[] { throw OptionError("x"); }, +[] { throw CapacityError("x"); }}) {
-    CHECK_THROWS_AS(raise(), Error);
-    CHECK_THROWS_AS(raise(), std::runtime_error);
+  for (const auto& throw_one : {+[] { throw ShapeError("x"); }, +[] { throw CheckpointError("x"); }, +[] { throw InputError("x"); },
+                               +[] { throw OptionError("x"); }, +[] { throw CapacityError("x"); }}) {
+    CHECK_THROWS_AS(throw_one(), Error);
+    CHECK_THROWS_AS(throw_one(), std::runtime_error);
   }
 }
 
