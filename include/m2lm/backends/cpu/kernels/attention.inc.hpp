@@ -72,21 +72,24 @@ inline void softmax_row(float* s, std::int64_t low, std::int64_t high, std::int6
   if (end < keys) __builtin_memset(static_cast<void*>(p + end), 0, static_cast<std::size_t>(keys - end) * sizeof(X));
 }
 
-// What the products will read next. Rows that are all of a head read its keys and values once, at the speed of memory: the keys are then
-// asked for two panels ahead, which the processor does not do across pages, and the values while the scores are made.
+// What the products will read next. Rows that are all of a head read its keys and values once, at the speed of memory: while scores are
+// made, the values are asked for, and the keys two panels ahead, which the processor does not do across pages; then the next keys.
 struct KeysAhead {
-  const std::byte* keys = nullptr;  // null: nothing is asked for
+  const std::byte* keys = nullptr;  // of the segment; null: nothing is asked for
   const std::byte* values = nullptr;
-  std::int64_t key_bytes = 0, value_bytes = 0;         // of a panel of keys; of 32 values and 32 keys
-  std::int64_t value_panels = 0, value_stride = 0;     // the latter in bytes
+  std::int64_t key_bytes = 0, value_bytes = 0;      // of a panel of keys; of 32 values and 32 keys
+  std::int64_t value_panels = 0, value_stride = 0;  // the latter in bytes
 
-  void panel(std::int64_t j) const {
+  explicit operator bool() const { return keys != nullptr; }
+  static void bytes(const std::byte* p, std::int64_t n) {
     constexpr std::int64_t line = 64;
-    if (keys == nullptr) return;
-    const std::byte* k = keys + (j + 2) * key_bytes;
-    for (std::int64_t b = 0; b < key_bytes; b += line) __builtin_prefetch(k + b);
-    for (std::int64_t p = 0; p < value_panels; ++p)
-      for (std::int64_t b = 0; b < value_bytes; b += line) __builtin_prefetch(values + p * value_stride + j * value_bytes + b);
+    for (std::int64_t b = 0; b < n; b += line) __builtin_prefetch(p + b);
+  }
+  void panel_of_keys(std::int64_t j) const { bytes(keys + j * key_bytes, key_bytes); }
+  void before_scores(std::int64_t j) const {
+    if (!*this) return;
+    panel_of_keys(j + 2);
+    for (std::int64_t p = 0; p < value_panels; ++p) bytes(values + p * value_stride + j * value_bytes, value_bytes);
   }
 };
 
@@ -104,15 +107,23 @@ struct TileProducts {
   // s[count][score_stride] = q[count][ldq] · keys.
   void scores(std::int64_t count, const X* q, std::int64_t ldq, const W* keys, std::int64_t dk, std::int64_t n, float* s, float* wide, const KeysAhead& ahead) const {
     for (std::int64_t j = 0; j < n; j += panel_width) {
-      ahead.panel(j / panel_width);
+      ahead.before_scores(j / panel_width);
       run_rows_widened<Tile>(count, q, ldq, keys + j * dk, dk, s + j, score_stride, false, wide);
     }
   }
   // y[count][dv] = the probabilities in the rows of s · values, whose panels are `stride` apart.
-  void weigh(std::int64_t count, const float* s, const W* values, std::int64_t stride, std::int64_t n, float* y, std::int64_t dv, float* wide) const {
+  void weigh(std::int64_t count, const float* s, const W* values, std::int64_t stride, std::int64_t n, float* y, std::int64_t dv, float* wide,
+             const KeysAhead& ahead) const {
     constexpr std::int64_t ldp = score_stride * static_cast<std::int64_t>(sizeof(float) / sizeof(X));
     const X* p = reinterpret_cast<const X*>(s);
-    for (std::int64_t c = 0; c < dv; c += panel_width) run_rows_widened<Tile>(count, p, ldp, values + c / panel_width * stride, n, y + c, dv, false, wide);
+    const std::int64_t piece = ahead ? 2 * panel_width : n;  // an element's sum is one chain, however long the pieces are
+    for (std::int64_t j = 0; j < n; j += piece) {
+      const std::int64_t keys = n - j < piece ? n - j : piece;
+      if (ahead)
+        for (std::int64_t k = j; k < j + keys; k += panel_width) ahead.panel_of_keys((n + k) / panel_width);
+      for (std::int64_t c = 0; c < dv; c += panel_width)
+        run_rows_widened<Tile>(count, p + j, ldp, values + c / panel_width * stride + j * panel_width, keys, y + c, dv, j > 0, wide);
+    }
   }
 };
 
@@ -227,7 +238,7 @@ class AttentionTile {
       const std::int64_t high = (causal_ && position + 1 < stop ? position + 1 : stop) - begin;
       softmax_row<Products>(scores_ + r * score_stride, low > 0 ? low : 0, high, n, to.largest[r], to.sum[r]);
     }
-    products_.weigh(count_, scores_, values, job_.capacity * panel_width, n, to.y, dv_, wide_);
+    products_.weigh(count_, scores_, values, job_.capacity * panel_width, n, to.y, dv_, wide_, ahead);
   }
 
   void merge(const PartialAttention& from) const {

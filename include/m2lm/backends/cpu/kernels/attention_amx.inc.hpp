@@ -72,7 +72,7 @@ struct AmxProducts {
     if (rest > 0) __builtin_memset(padded, 0, tile_side * panel_stride);
     for (std::int64_t j = 0; j < n; j += panel_width) {
       const W* panel = keys + j * dk;
-      ahead.panel(j / panel_width);
+      ahead.before_scores(j / panel_width);
       clear<both>();
       for (std::int64_t c = 0; c < whole; c += step) multiply<both>(q + c, ldq * 2, panel + c * panel_width);
       if (rest > 0) {  // what lies behind the panel is another's
@@ -97,7 +97,8 @@ struct AmxProducts {
               const KeysAhead& ahead) const {
     (count > tile_side ? scores_of<true> : scores_of<false>)(q, ldq, keys, dk, n, s, reinterpret_cast<W*>(wide), ahead);
   }
-  void weigh(std::int64_t count, const float* s, const W* values, std::int64_t stride, std::int64_t n, float* y, std::int64_t dv, float*) const {
+  void weigh(std::int64_t count, const float* s, const W* values, std::int64_t stride, std::int64_t n, float* y, std::int64_t dv, float*,
+             const KeysAhead&) const {
     (count > tile_side ? weigh_with<true> : weigh_with<false>)(s, values, stride, n, y, dv);
   }
 };
