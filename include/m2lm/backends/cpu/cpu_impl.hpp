@@ -227,8 +227,12 @@ M2LM_IMPL KeyValuesPlan cpu_plan_key_values(DType format, std::int64_t kv_heads,
 
 M2LM_IMPL void cpu_append_key_values(const Cpu& cpu, Matrix<const float> k, Matrix<const float> v, std::int64_t first, const KeyValues& kv) {
   const AttentionKernels& kernels = cpu_format(cpu, kv.format).attention;
-  cpu_for_rows(cpu, kv.kv_heads, k.elements(), [&](std::int64_t head) {
-    kernels.append(k.data(), k.stride(0), v.data(), v.stride(0), k.extent(0), first, kv, head);
+  // All heads of a panel of keys, then the next panel: so k and v are read as they lie.
+  const std::int64_t first_panel = first / panel_width, panels = (first + k.extent(0) - 1) / panel_width + 1 - first_panel;
+  cpu_for_rows(cpu, panels * kv.kv_heads, k.elements(), [&](std::int64_t i) {
+    const std::int64_t panel = (first_panel + i / kv.kv_heads) * panel_width;
+    const std::int64_t begin = std::max(panel, first), end = std::min(panel + panel_width, first + k.extent(0));
+    kernels.append(k.row(begin - first), k.stride(0), v.row(begin - first), v.stride(0), end - begin, begin, kv, i % kv.kv_heads);
   });
 }
 
