@@ -19,6 +19,7 @@ using program::Stopwatch;
 struct BenchOptions {
   std::string model, random, write_checkpoint, precision = "bf16", isa, dump;
   std::vector<std::int64_t> prompt{512}, tokens{128}, depth{0}, lengths;
+  std::vector<std::int32_t> ids;
   std::int64_t batch = 1, text_tokens = 33;
   int threads = 0, repetitions = 5;
   bool clip = false, picture = false, json = false, interactive = false;
@@ -200,7 +201,7 @@ m2lm::LoadOptions load_options(const BenchOptions& o) {
 
 template <class M>
 void write_logits(const M& m, const BenchOptions& o, const std::string& path) {
-  const std::vector<std::int32_t> ids = random_ids(o.prompt.front(), m.decoder_config().vocab_size);
+  const std::vector<std::int32_t> ids = o.ids.empty() ? random_ids(o.prompt.front(), m.decoder_config().vocab_size) : o.ids;
   m2lm::Tensor<std::int32_t> shown(m2lm::Shape{static_cast<std::int64_t>(ids.size())});
   std::copy(ids.begin(), ids.end(), shown.data());
   std::vector<m2lm::NamedTensor> tensors;
@@ -486,6 +487,7 @@ int main(int argc, char** argv) {
   output->add_flag("--json", o.json, "One JSON object per line: the machine, then each test");
   output->add_flag("--interactive", o.interactive, "Wait for a line before each round, and print each round as one line of JSON");
   output->add_option("--dump", o.dump, "Write what the model computes to this safetensors file: input_ids and logits, or pixels and features")->type_name("FILE");
+  output->add_option("--ids", o.ids, "--dump: of these tokens instead of random ones: ID,ID,…")->delimiter(',')->check(CLI::Range(0, 1 << 30));
 
   return program::run(app, argc, argv, [&] { return bench(o); });
 }
