@@ -8,6 +8,10 @@
 #include <cstring>
 #include <vector>
 
+#if defined(__linux__)
+#include <sys/mman.h>
+#endif
+
 namespace m2lm {
 
 M2LM_IMPL Cpu::Cpu(const CpuOptions& options) try {
@@ -155,6 +159,16 @@ M2LM_IMPL std::size_t cpu_packed_bytes(const Cpu& cpu, DType format, std::int64_
   return static_cast<std::size_t>(panels_of(rows, gated)) * panel_bytes(format, round_up(cols, cpu_format(cpu, format).k_step));
 }
 
+/// Asks for pages of 2 MB where they fit whole; requires memory that was not touched yet. With pages of 4 KB a product with one row waits for
+/// the tables of pages, most of all in a virtual machine.
+inline void prefer_huge_pages([[maybe_unused]] std::byte* memory, [[maybe_unused]] std::size_t bytes) {
+#if defined(__linux__)
+  constexpr std::size_t page = std::size_t{1} << 21U;
+  const std::size_t before = (page - reinterpret_cast<std::uintptr_t>(memory) % page) % page;
+  if (bytes >= before + page) madvise(memory + before, (bytes - before) / page * page, MADV_HUGEPAGE);
+#endif
+}
+
 M2LM_IMPL PackedMatrix cpu_pack(const Cpu& cpu, std::span<const AnyTensor> sources, DType format, bool gated) {
   const PackedRows from(sources, gated);
   require<OptionError>(format != DType::w8a8 || from.cols <= most_row_inputs, "m2lm::Cpu: a weight with ", from.cols, " inputs has no form in w8a8, which adds at most ",
@@ -163,6 +177,7 @@ M2LM_IMPL PackedMatrix cpu_pack(const Cpu& cpu, std::span<const AnyTensor> sourc
   const std::size_t each = panel_bytes(format, k), bytes = static_cast<std::size_t>(panels) * each;
   auto owner = std::make_shared<AlignedBytes>(aligned_bytes(bytes));
   std::byte* out = owner->get();
+  prefer_huge_pages(out, bytes);
   cpu.pool().run([&](int part) {
     const Range mine = split(panels, cpu.threads(), part);
     for (std::int64_t panel = mine.begin; panel < mine.end; ++panel) {

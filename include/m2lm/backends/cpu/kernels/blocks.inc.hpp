@@ -6,7 +6,7 @@
 
 inline constexpr int vectors_per_strip = static_cast<int>(strip_width) / width;
 
-// A thread reads its strips from one end to the other; DRAM wants to be asked this far ahead.
+// A thread reads its strips from one end to the other; DRAM wants to be asked this far ahead, and into L2: L1 has few places to wait in.
 inline constexpr std::int64_t prefetch_distance = 9216;
 // Rows up to which the weights are what a product waits for.
 inline constexpr int prefetch_rows = 4;
@@ -34,7 +34,7 @@ template <DType format, int Rows>
       for (int v = 0; v < together; ++v) sum[r][v] = set(0.0F);
     for (; tile < end; tile += tile_bytes(format), x += rows.group * block_values, scales += rows.group, starts += rows.group) {
       if constexpr (Rows <= prefetch_rows)
-        for (std::int64_t line = 0; line < tile_bytes(format); line += 64) __builtin_prefetch(tile + prefetch_distance + line);
+        for (std::int64_t line = 0; line < tile_bytes(format); line += 64) __builtin_prefetch(tile + prefetch_distance + line, 0, 2);
       M2LM_UNROLL
       for (int v = 0; v < together; ++v) {
         const BlockWeights<quantised_format(format).bits> w(tile + (first + v) * width * 4);
@@ -81,7 +81,7 @@ template <DType format, int Rows>
         for (int r = 0; r < Rows; ++r) sum[v][r] = set_ints(starts[r]);
       for (const std::byte* const end = tile + layout.values_bytes(rows.block); tile < end; tile += chunk_bytes, x += rows.group * layout.chunk) {
         if constexpr (Rows <= prefetch_rows)
-          for (std::int64_t line = 0; line < chunk_bytes; line += 64) __builtin_prefetch(tile + prefetch_distance + line);
+          for (std::int64_t line = 0; line < chunk_bytes; line += 64) __builtin_prefetch(tile + prefetch_distance + line, 0, 2);
         M2LM_UNROLL
         for (std::int64_t piece = 0; piece < layout.chunk / 32; ++piece)
           M2LM_UNROLL
