@@ -85,6 +85,14 @@ class Bench(unittest.TestCase):
             difference = relative_difference(results[precision]["logits"][2], results["f32"]["logits"][2])
             self.assertTrue(0 < difference < 0.1, (precision, difference))
 
+    def test_a_model_is_not_in_memory_twice_while_it_is_loaded(self):
+        random = ("--random", "llama-1.1b", "--hidden", 512, "--intermediate", 1408, "--layers", 16, "--heads", 8, "--kv-heads", 8, "--vocabulary", 1000)
+        self.bench(*random, "--write-checkpoint", self.directory)
+        stored = (self.directory / "model.safetensors").stat().st_size
+        machine, *_ = self.bench("--model", self.directory, "-p", 1, "-n", 0, "-r", 1, "--json").lines()
+        self.assertLess(machine["peak_memory_bytes"], 1.4 * stored)
+        self.assertGreater(machine["peak_memory_bytes"], 0.9 * stored)
+
     def test_encoder(self):
         path = self.directory / "features.safetensors"
         _, test = self.bench(*VISION, "-r", 1, "--json", "--dump", path).lines()

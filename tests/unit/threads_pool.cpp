@@ -7,6 +7,7 @@
 #include <chrono>
 #include <cstdint>
 #include <cstring>
+#include <set>
 #include <span>
 #include <string>
 #include <thread>
@@ -35,6 +36,17 @@ TEST_CASE("a part sees what the caller wrote before the call, also after the thr
     if (i % 3 == 0) std::this_thread::sleep_for(std::chrono::milliseconds(2));
     pool.run([&](int part) { out[static_cast<std::size_t>(part)] = in[static_cast<std::size_t>(part)] + part; });
     for (int part = 0; part < 3; ++part) CHECK(out[static_cast<std::size_t>(part)] == i + part);
+  }
+}
+
+TEST_CASE("more parts than cores: no more threads than cores run them, each its own in order") {
+  const int cores = ThreadPool::available_cores();
+  ThreadPool pool(4 * cores + 1);
+  std::vector<std::thread::id> ran_by(static_cast<std::size_t>(pool.size()));
+  for (int i = 0; i < 100; ++i) {
+    pool.run([&](int part) { ran_by[static_cast<std::size_t>(part)] = std::this_thread::get_id(); });
+    CHECK(std::set<std::thread::id>(ran_by.begin(), ran_by.end()).size() == static_cast<std::size_t>(cores));
+    CHECK(ran_by.front() == std::this_thread::get_id());
   }
 }
 

@@ -56,13 +56,38 @@ namespace detail {
 
 /// The value of largest magnitude, the first of several; NaN if one of the values is not finite.
 inline float extreme_value(const float* x, std::int64_t count = block_values) {
-  float extreme = 0;
-  bool finite = true;
-  for (std::int64_t i = 0; i < count; ++i) {
-    finite = finite && __builtin_isfinite(x[i]);
-    if (__builtin_fabsf(x[i]) > __builtin_fabsf(extreme)) extreme = x[i];
+  constexpr std::int64_t lanes = 4;  // independent of each other: no comparison waits for the one before
+  float most[lanes] = {}, least[lanes] = {}, nothing[lanes] = {};
+  const auto look_at = [&](float v, std::int64_t j) {
+    most[j] = v > most[j] ? v : most[j];
+    least[j] = v < least[j] ? v : least[j];
+    nothing[j] += v - v;  // NaN if v is not finite
+  };
+  const std::int64_t rest = count % lanes, whole = count - rest;
+  for (std::int64_t i = 0; i < whole; i += lanes)
+    for (std::int64_t j = 0; j < lanes; ++j) look_at(x[i + j], j);
+  for (std::int64_t j = 0; j < rest; ++j) look_at(x[whole + j], j);
+  for (std::int64_t j = 1; j < lanes; ++j) {
+    most[0] = most[j] > most[0] ? most[j] : most[0];
+    least[0] = least[j] < least[0] ? least[j] : least[0];
+    nothing[0] += nothing[j];
   }
-  return finite ? extreme : __builtin_nanf("");
+  if (nothing[0] != 0.0F) return __builtin_nanf("");
+  if (most[0] != -least[0] || most[0] == 0.0F) return most[0] >= -least[0] ? most[0] : least[0];
+  std::int64_t first = 0;
+  while (__builtin_fabsf(x[first]) != most[0]) ++first;
+  return x[first];
+}
+
+/// To the nearest whole number, halves away from zero, of values of magnitude below 2^31. (roundf is a call where there is no SSE 4.1.)
+/// requires `count` products that are in memory: no compiler contracts them into the difference.
+template <std::int64_t count>
+void round_halves_away(const float (&values)[count], std::int8_t* out) {
+  for (std::int64_t i = 0; i < count; ++i) {
+    const auto whole = static_cast<std::int32_t>(values[i]);
+    const float rest = values[i] - static_cast<float>(whole);
+    out[i] = static_cast<std::int8_t>(whole + static_cast<std::int32_t>(rest >= 0.5F) - static_cast<std::int32_t>(rest <= -0.5F));
+  }
 }
 
 /// 1 / step, or 0 where nothing can be told apart: a step of 0, one so small that its inverse overflows, NaN.
@@ -82,7 +107,10 @@ inline Q8Block quantise_q8(const float* x) {
   Q8Block block{.scale = to_half(step)};
   if (extreme != extreme) return block;
   const float inverse = detail::inverse_step(step);
-  for (std::size_t i = 0; i < block_values; ++i) block.values[i] = static_cast<std::int8_t>(__builtin_roundf(x[i] * inverse));
+  float scaled[block_values];
+  for (std::int64_t i = 0; i < block_values; ++i) scaled[i] = x[i] * inverse;
+  asm volatile("" : : "r"(scaled) : "memory");
+  detail::round_halves_away(scaled, block.values.data());
   return block;
 }
 
@@ -94,14 +122,16 @@ inline Q4Block quantise_q4(const float* x) {
   const float step = extreme / -8.0F;
   Q4Block block{.scale = to_half(step)};
   if (extreme != extreme) return block;
-  const auto inverse = static_cast<double>(detail::inverse_step(step));
-  const auto quantised = [&](std::int64_t i) {
-    // f32 arithmetic that no compiler contracts to an fma: product and sum are rounded each.
-    const auto product = static_cast<double>(static_cast<float>(static_cast<double>(x[i]) * inverse));
-    const int q = static_cast<int>(static_cast<float>(product + 8.5));
-    return static_cast<unsigned>(q < 15 ? q : 15);
-  };
-  for (std::int64_t j = 0; j < 16; ++j) block.pairs[static_cast<std::size_t>(j)] = static_cast<std::uint8_t>(quantised(j) | quantised(j + 16) << 4U);
+  const float inverse = detail::inverse_step(step);
+  float scaled[block_values];
+  for (std::int64_t i = 0; i < block_values; ++i) scaled[i] = x[i] * inverse;
+  asm volatile("" : : "r"(scaled) : "memory");  // no compiler contracts the product and the sum below
+  std::int32_t q[block_values];
+  for (std::int64_t i = 0; i < block_values; ++i) {
+    const float shifted = scaled[i] + 8.5F;  // at least 0.5: no value is more than 8 steps
+    q[i] = static_cast<std::int32_t>(shifted < 15.0F ? shifted : 15.0F);
+  }
+  for (std::int64_t j = 0; j < 16; ++j) block.pairs[static_cast<std::size_t>(j)] = static_cast<std::uint8_t>(q[j] | q[j + 16] << 4);
   return block;
 }
 

@@ -117,13 +117,11 @@ constexpr Bf16 to_bf16(float x) {
 
 /// Exact.
 constexpr float to_float(Half x) {
-  const std::uint32_t sign = static_cast<std::uint32_t>(x.bits & 0x8000U) << 16;
-  const std::uint32_t exponent = (x.bits >> 10) & 0x1fU;
-  std::uint32_t mantissa = x.bits & 0x3ffU;
-  if (exponent == 0x1f) return std::bit_cast<float>(sign | 0x7f800000U | (mantissa << 13));
-  if (exponent != 0) return std::bit_cast<float>(sign | ((exponent + 112) << 23) | (mantissa << 13));
-  const float magnitude = static_cast<float>(mantissa) * 5.9604644775390625e-8F;  // 2^-24: subnormal or zero
-  return std::bit_cast<float>(sign | std::bit_cast<std::uint32_t>(magnitude));
+  const std::uint32_t sign = static_cast<std::uint32_t>(x.bits & 0x8000U) << 16, rest = static_cast<std::uint32_t>(x.bits & 0x7fffU) << 13;
+  const std::uint32_t special = 0U - static_cast<std::uint32_t>(rest >= 0x0f800000U);  // infinity or NaN: all bits, else none
+  // The exponent is 112 too small, which a product with 2^112 mends, of subnormal numbers too.
+  const float magnitude = std::bit_cast<float>(rest) * 5.192296858534828e33F;
+  return std::bit_cast<float>(sign | (std::bit_cast<std::uint32_t>(magnitude) & ~special) | ((0x70000000U + rest) & special));
 }
 
 /// Rounds to nearest, ties to even; overflow gives infinity, a NaN stays a NaN.

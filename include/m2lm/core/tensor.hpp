@@ -23,19 +23,23 @@ inline constexpr std::size_t tensor_alignment = 64;
 
 struct AlignedDelete {
   MemoryResource* memory = nullptr;  // null: the host's
+  std::size_t alignment = tensor_alignment;
   void operator()(std::byte* p) const {
     if (memory)
       memory->release(p);
     else
-      ::operator delete(p, std::align_val_t{tensor_alignment});
+      ::operator delete(p, std::align_val_t{alignment});
   }
 };
 using AlignedBytes = std::unique_ptr<std::byte[], AlignedDelete>;
 
-/// Uninitialised bytes on a 64-byte border, of the host's memory or a device's.
+/// Uninitialised bytes on a 64-byte border, of the host's memory or a device's; many of the host's lie in huge pages.
 inline AlignedBytes aligned_bytes(std::size_t n, MemoryResource* memory = nullptr) {
   if (memory) return {static_cast<std::byte*>(memory->allocate(n)), {memory}};
-  return AlignedBytes(static_cast<std::byte*>(::operator new(n ? n : 1, std::align_val_t{tensor_alignment})));
+  const std::size_t alignment = n >= huge_pages_from ? huge_page : tensor_alignment;
+  AlignedBytes bytes(static_cast<std::byte*>(::operator new(n ? n : 1, std::align_val_t{alignment})), {nullptr, alignment});
+  if (n >= huge_pages_from) advise_huge_pages(bytes.get(), n);
+  return bytes;
 }
 
 }  // namespace detail
@@ -201,11 +205,16 @@ class AnyTensor {
         return;
       }
       if (dtype_ == DType::bf16 || dtype_ == DType::f16) {
-        for (std::size_t i = 0; i < n; ++i) {
-          std::uint16_t bits = 0;
-          std::memcpy(&bits, source + i * 2, 2);
-          out[i] = dtype_ == DType::bf16 ? to_float(Bf16{bits}) : to_float(Half{bits});
-        }
+        const auto widen = [&]<class Narrow>(Narrow narrow) {  // a loop for each: no question per element
+          for (std::size_t i = 0; i < n; ++i) {
+            std::memcpy(&narrow.bits, source + i * 2, 2);
+            out[i] = to_float(narrow);
+          }
+        };
+        if (dtype_ == DType::bf16)
+          widen(Bf16{});
+        else
+          widen(Half{});
         return;
       }
     }

@@ -14,21 +14,22 @@
 
 namespace m2lm {
 
-/// A fixed number of threads; the caller is the first. Between calls the others spin for a moment, then park.
+/// A fixed number of parts; the caller runs the first, other threads the rest. There are no more threads than cores, and with more parts
+/// than those each thread runs several: threads that wait for a core of each other's would make every call wait for the scheduler.
+/// Between calls the threads spin for a moment, then park.
 /// `run` may be called from several threads: a caller that finds the pool busy runs all parts itself, in order. No result may
 /// depend on which thread runs a part, so both ways give the same bits.
 class ThreadPool {
-  int size_ = 1;
+  int size_ = 1, runners_ = 1;  // runners: the threads there are, with the caller
   std::mutex busy_;
   std::vector<std::thread> workers_;
   const FunctionRef<void(int)>* work_ = nullptr;
   std::atomic<std::uint32_t> epoch_{0};
   std::atomic<int> pending_{0};
   std::atomic<bool> stop_{false};
-  int spins_ = 0;
 
  public:
-  /// requires threads >= 0; 0 means one per available core (affinity mask and container quota respected).
+  /// requires threads >= 0; 0 means one part per available core (affinity mask and container quota respected).
   /// throws OptionError for a number out of range, CapacityError when the system starts fewer.
   explicit ThreadPool(int threads);
   ~ThreadPool();
@@ -43,7 +44,8 @@ class ThreadPool {
   static int available_cores();
 
  private:
-  void worker(int part);
+  void worker(int index);
+  void run_parts_of(int index, FunctionRef<void(int)> work) const;
   void stop();
 };
 

@@ -35,15 +35,14 @@ M2LM_IMPL ThreadPool::ThreadPool(int threads) {
   require<OptionError>(threads >= 0 && threads <= 1024, "m2lm: threads = ", threads, ": give 0 (one per core) or 1 to 1024");
   const int cores = available_cores();
   size_ = threads ? threads : cores;
-  // Spinning only pays while every thread has a core of its own, and not for long: another program may want the core.
-  spins_ = size_ <= cores ? 2000 : 0;  // 30 to 80 microseconds
+  runners_ = size_ < cores ? size_ : cores;
   try {
-    workers_.reserve(static_cast<std::size_t>(size_ - 1));
-    for (int part = 1; part < size_; ++part) workers_.emplace_back([this, part] { worker(part); });
+    workers_.reserve(static_cast<std::size_t>(runners_ - 1));
+    for (int index = 1; index < runners_; ++index) workers_.emplace_back([this, index] { worker(index); });
   } catch (const std::system_error& error) {
     const std::size_t started = workers_.size();
     stop();
-    throw CapacityError(concat("m2lm: of ", size_, " threads the system starts ", started + 1, " (", error.what(), "); ask for fewer"));
+    throw CapacityError(concat("m2lm: of ", runners_, " threads the system starts ", started + 1, " (", error.what(), "); ask for fewer"));
   } catch (const std::bad_alloc&) {
     stop();
     detail::throw_out_of_memory("the threads of a backend");
@@ -61,9 +60,10 @@ M2LM_IMPL void ThreadPool::stop() {
 
 namespace detail {
 
-/// Waits until `value` differs from `old`: spins, then parks.
+/// Waits until `value` differs from `old`: spins, but not for long, as another program may want the core, then parks.
 template <class T>
-void wait_for_change(const std::atomic<T>& value, T old, int spins) {
+void wait_for_change(const std::atomic<T>& value, T old) {
+  constexpr int spins = 2000;  // 30 to 80 microseconds
   for (int i = 0; i < spins; ++i) {
     if (value.load(std::memory_order_acquire) != old) return;
 #if M2LM_X86_64
@@ -75,30 +75,35 @@ void wait_for_change(const std::atomic<T>& value, T old, int spins) {
 
 }  // namespace detail
 
-M2LM_IMPL void ThreadPool::worker(int part) {
+M2LM_IMPL void ThreadPool::run_parts_of(int index, FunctionRef<void(int)> work) const {
+  const Range mine = split(size_, runners_, index);
+  for (std::int64_t part = mine.begin; part < mine.end; ++part) work(static_cast<int>(part));
+}
+
+M2LM_IMPL void ThreadPool::worker(int index) {
   std::uint32_t seen = 0;
   for (;;) {
-    detail::wait_for_change(epoch_, seen, spins_);
+    detail::wait_for_change(epoch_, seen);
     seen = epoch_.load(std::memory_order_acquire);
     if (stop_.load()) return;
-    (*work_)(part);
+    run_parts_of(index, *work_);
     if (pending_.fetch_sub(1, std::memory_order_acq_rel) == 1) pending_.notify_one();
   }
 }
 
 M2LM_IMPL void ThreadPool::run(FunctionRef<void(int)> work) {
   std::unique_lock lock(busy_, std::try_to_lock);
-  if (size_ == 1 || !lock.owns_lock()) {
+  if (runners_ == 1 || !lock.owns_lock()) {
     for (int part = 0; part < size_; ++part) work(part);
     return;
   }
   work_ = &work;
-  pending_.store(size_ - 1, std::memory_order_relaxed);
+  pending_.store(runners_ - 1, std::memory_order_relaxed);
   epoch_.fetch_add(1, std::memory_order_release);
   epoch_.notify_all();
-  work(0);
+  run_parts_of(0, work);
   for (int left = pending_.load(std::memory_order_acquire); left != 0; left = pending_.load(std::memory_order_acquire))
-    detail::wait_for_change(pending_, left, spins_);
+    detail::wait_for_change(pending_, left);
 }
 
 }  // namespace m2lm

@@ -397,15 +397,21 @@ Model<B, P, D, C...> Model<B, P, D, C...>::load(detail::ModelFiles files, B back
   };
   const PackHooks hooks{find, made};
   if (packed.reads() || packed.writes()) ctx.packing = &hooks;
-  const double share = components == 0 ? 1.0 : 0.8;
+  // What has been packed is not needed of the file any more: at no time are all tensors in memory twice.
+  const Checkpoint& files_read = state.files.checkpoint;
+  const double share = components == 0 ? 0.0 : 0.2;
+  const auto prepare_component = [&](auto& component) {
+    component.prepare(ctx, precision);
+    files_read.release_pages();
+  };
+  std::apply([&](auto&... c) { (prepare_component(c), ...); }, state.component);
   state.decoder.prepare(ctx, precision, [&](std::int64_t done, std::int64_t total) {
-    if (options.progress) options.progress(share * static_cast<double>(done) / static_cast<double>(total));
+    files_read.release_pages();
+    if (options.progress) options.progress(1.0 - (1.0 - share) * static_cast<double>(total - done) / static_cast<double>(total));
   });
-  std::apply([&](auto&... c) { (c.prepare(ctx, precision), ...); }, state.component);
-  if (options.progress) options.progress(1.0);
   if (packed.writes()) packed.write(state.files.checkpoint);
   state.files.require_intact();
-  state.files.checkpoint.release_pages();
+  files_read.release_pages();
   return model;
 }
 

@@ -8,10 +8,6 @@
 #include <cstring>
 #include <vector>
 
-#if defined(__linux__)
-#include <sys/mman.h>
-#endif
-
 namespace m2lm {
 
 M2LM_IMPL Cpu::Cpu(const CpuOptions& options) try {
@@ -79,23 +75,43 @@ struct PackedRows {
   }
 };
 
-/// One panel of plain numbers.
+/// Inputs [k0, k0 + words · step) of a row as a panel holds them, step = k_step_of(format): a float, or a pair of bf16, per word of 32 bits. Zeros
+/// where there is no input.
+inline void panel_words(const PackedRows::Row& at, std::int64_t cols, DType format, std::int64_t k0, std::int64_t words, std::uint32_t* out) {
+  const std::int64_t count = words * k_step_of(format), given = at.source ? std::clamp<std::int64_t>(cols - k0, 0, count) : 0;
+  if (given < count) std::memset(out, 0, static_cast<std::size_t>(words) * sizeof(std::uint32_t));
+  if (given == 0) return;
+  const std::int64_t first = at.row * cols + k0;
+  if (at.source->dtype() == format) {
+    std::memcpy(out, at.source->data() + static_cast<std::size_t>(first) * dtype_size(format), static_cast<std::size_t>(given) * dtype_size(format));
+    return;
+  }
+  constexpr std::int64_t piece = 64;
+  float floats[piece];
+  Bf16 narrow[piece];
+  auto* bytes = reinterpret_cast<std::byte*>(out);
+  for (std::int64_t i = 0; i < given; i += piece) {
+    const std::int64_t here = std::min(piece, given - i);
+    at.source->copy_to(floats, first + i, here);
+    if (format == DType::bf16)
+      for (std::int64_t j = 0; j < here; ++j) narrow[j] = to_bf16(floats[j]);
+    const std::size_t size = dtype_size(format);
+    std::memcpy(bytes + static_cast<std::size_t>(i) * size, format == DType::bf16 ? static_cast<const void*>(narrow) : floats, static_cast<std::size_t>(here) * size);
+  }
+}
+
+/// One panel of plain numbers: a transposition of words.
 inline void pack_panel(const PackedRows& from, DType format, std::int64_t panel, std::int64_t k, std::byte* to) {
-  constexpr std::int64_t chunk = 256;  // inputs at a time, so that the transposition stays in L1
-  float buffer[chunk];
-  for (std::int64_t lane = 0; lane < panel_width; ++lane) {
-    const auto [source, row] = from.at(panel, lane);
-    for (std::int64_t k0 = 0; k0 < k; k0 += chunk) {
-      const std::int64_t count = std::min(chunk, k - k0);
-      std::memset(buffer, 0, sizeof(buffer));
-      if (source && k0 < from.cols) source->copy_to(buffer, row * from.cols + k0, std::min(count, from.cols - k0));
-      if (format == DType::f32) {
-        for (std::int64_t i = 0; i < count; ++i) reinterpret_cast<float*>(to)[(k0 + i) * panel_width + lane] = buffer[i];
-      } else {
-        for (std::int64_t i = 0; i < count; ++i)
-          reinterpret_cast<Bf16*>(to)[(k0 + i) / 2 * panel_width * 2 + lane * 2 + (k0 + i) % 2] = to_bf16(buffer[i]);
-      }
-    }
+  constexpr std::int64_t chunk = 64;  // words of a row at a time, so that the transposition stays in L1
+  const std::int64_t step = k_step_of(format), words = k / step;
+  std::uint32_t rows[panel_width][chunk];
+  PackedRows::Row at[panel_width];
+  for (std::int64_t lane = 0; lane < panel_width; ++lane) at[lane] = from.at(panel, lane);
+  for (std::int64_t w = 0; w < words; w += chunk) {
+    const std::int64_t count = std::min(chunk, words - w);
+    for (std::int64_t lane = 0; lane < panel_width; ++lane) panel_words(at[lane], from.cols, format, w * step, count, rows[lane]);
+    for (std::int64_t i = 0; i < count; ++i)
+      for (std::int64_t lane = 0; lane < panel_width; ++lane, to += sizeof(std::uint32_t)) std::memcpy(to, &rows[lane][i], sizeof(std::uint32_t));
   }
 }
 
@@ -159,16 +175,6 @@ M2LM_IMPL std::size_t cpu_packed_bytes(const Cpu& cpu, DType format, std::int64_
   return static_cast<std::size_t>(panels_of(rows, gated)) * panel_bytes(format, round_up(cols, cpu_format(cpu, format).k_step));
 }
 
-/// Asks for pages of 2 MB where they fit whole; requires memory that was not touched yet. With pages of 4 KB a product with one row waits for
-/// the tables of pages, most of all in a virtual machine.
-inline void prefer_huge_pages([[maybe_unused]] std::byte* memory, [[maybe_unused]] std::size_t bytes) {
-#if defined(__linux__)
-  constexpr std::size_t page = std::size_t{1} << 21U;
-  const std::size_t before = (page - reinterpret_cast<std::uintptr_t>(memory) % page) % page;
-  if (bytes >= before + page) madvise(memory + before, (bytes - before) / page * page, MADV_HUGEPAGE);
-#endif
-}
-
 M2LM_IMPL PackedMatrix cpu_pack(const Cpu& cpu, std::span<const AnyTensor> sources, DType format, bool gated) {
   const PackedRows from(sources, gated);
   require<OptionError>(format != DType::w8a8 || from.cols <= most_row_inputs, "m2lm::Cpu: a weight with ", from.cols, " inputs has no form in w8a8, which adds at most ",
@@ -177,7 +183,6 @@ M2LM_IMPL PackedMatrix cpu_pack(const Cpu& cpu, std::span<const AnyTensor> sourc
   const std::size_t each = panel_bytes(format, k), bytes = static_cast<std::size_t>(panels) * each;
   auto owner = std::make_shared<AlignedBytes>(aligned_bytes(bytes));
   std::byte* out = owner->get();
-  prefer_huge_pages(out, bytes);
   cpu.pool().run([&](int part) {
     const Range mine = split(panels, cpu.threads(), part);
     for (std::int64_t panel = mine.begin; panel < mine.end; ++panel) {
