@@ -1,5 +1,6 @@
 # For those who work on the library: warnings, sanitizers, planted faults. Nothing here reaches a project that uses m2lm.
 set(M2LM_SANITIZE "" CACHE STRING "Sanitizers of all developer targets: address,undefined or thread")
+option(M2LM_BENCH "Build bench_ops, the ops timed by Google Benchmark (libbenchmark-dev)" OFF)
 option(M2LM_FUZZ "Build the fuzz targets and nothing else (needs clang++)" OFF)
 set(M2LM_PLANT_FAULT "" CACHE STRING "Number of a fault to plant in every developer target (see include/m2lm/testing/faults.hpp)")
 
