@@ -19,7 +19,7 @@ import ops
 def main():
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     kinds = parser.add_subparsers(dest="kind", required=True)
-    for name, module, rounds in (("ops", ops, 11), ("models", models, 5)):
+    for name, module, rounds in (("ops", ops, 5), ("models", models, 5)):
         kind = kinds.add_parser(name, description=module.__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
         kind.add_argument("--rounds", type=int, default=rounds)
         kind.add_argument("--threads", type=int, default=2)

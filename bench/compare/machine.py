@@ -70,16 +70,17 @@ def print_machine(m):
     print("peaks, 10^9 operations per second: " + ", ".join(f"{k} {v}" for k, v in m["peaks"].items()) + "\n", flush=True)
 
 
-def alternate(candidates, rounds, warm=2, pause=0.02):
-    """Seconds of each round by name of functions that return seconds. Rounds alternate, with a pause before each, so that nothing is timed
-    while another's threads still spin, and a slow phase of the machine falls on all."""
+def alternate(candidates, rounds, warm=1, pause=0.05, runs=7):
+    """Seconds of each round by name of functions that return seconds: the median of `runs` behind two that wake the threads and fill the caches.
+    Rounds alternate, with a pause before each, so that nothing is timed while another's threads still spin, and a slow phase of the machine
+    falls on all."""
     times = {name: [] for name in candidates}
     for round_ in range(rounds + warm):
         for name, run in candidates.items():
             time.sleep(pause)
-            seconds = run()
+            seconds = [run() for _ in range(runs + 2)][2:]
             if round_ >= warm:
-                times[name].append(seconds)
+                times[name].append(statistics.median(seconds))
     return times
 
 

@@ -210,7 +210,7 @@ def four_bit_128(s):
 def eight_bit(s):
     n = s.args.tokens
     language(s, "8-bit", ["w8a8", "q8"], {
-        "torch int8": ("int8", lambda: s.pytorch("int8", "--context", s.prompt + n), n // 4),
+        "torch int8": ("int8", lambda: s.pytorch("int8", "--context", s.prompt + 128), n // 4),
         "OpenVINO int8": ("int8", lambda: s.openvino("int8"), n // 4),
         "CTranslate2 int8": ("int8", s.ctranslate2, n // 4),
         "llama.cpp Q8_0": ("q8_0", lambda: s.llama("q8_0", "--flash", "on"), n)})
@@ -219,8 +219,8 @@ def eight_bit(s):
 def bf16(s):
     n = s.args.tokens
     language(s, "bf16", ["bf16"], {
-        "torch compiled": ("bf16", lambda: s.pytorch("bf16", "--context", s.prompt + n), n // 4),
-        "torch eager": ("bf16", lambda: s.pytorch("bf16", "--eager", "--context", s.prompt + n), n // 4),
+        "torch compiled": ("bf16", lambda: s.pytorch("bf16", "--context", s.prompt + 128), n // 4),
+        "torch eager": ("bf16", lambda: s.pytorch("bf16", "--eager", "--context", s.prompt + 128), n // 4),
         "OpenVINO bf16": ("bf16", lambda: s.openvino("bf16"), n // 4),
         "llama.cpp BF16": ("bf16", lambda: s.llama("bf16", "--flash", "on"), n // 4)})
 
@@ -272,7 +272,8 @@ def clip(s):
     pixels, want = clip_reference(s)
 
     def show(name, got):
-        mean, least = cosines(got.reshape(want.shape), want)
+        patches = want[-got.size // want.shape[1]:]  # m2lm drops the class token
+        mean, least = cosines(got.reshape(patches.shape), patches)
         print(f"    {name}: cosine of features to f32 {mean:.6f}, least {least:.6f}", flush=True)
         if s.args.json:
             with open(s.args.json, "a") as file:
@@ -385,7 +386,7 @@ def drawn(s):
     language(s, "drawn, 4-bit", ["q4"], {"llama.cpp Q4_0": ("q4_0", lambda: s.llama("q4_0", "--flash", "on", "--context", s.prompt + n, "--batch", s.prompt), n)})
     language(s, "drawn, 8-bit", ["w8a8"], {"torch int8": ("int8", lambda: s.pytorch("int8", "--context", s.prompt + n), 0),
                                            "llama.cpp Q8_0": ("q8_0", lambda: s.llama("q8_0", "--flash", "on", "--context", s.prompt + n, "--batch", s.prompt), n)})
-    language(s, "drawn, bf16", ["bf16"], {"torch compiled": ("bf16", lambda: s.pytorch("bf16", "--context", s.prompt + n), n // 4)})
+    language(s, "drawn, bf16", ["bf16"], {"torch compiled": ("bf16", lambda: s.pytorch("bf16", "--context", s.prompt + 128), n // 4)})
     context(s)
 
 
