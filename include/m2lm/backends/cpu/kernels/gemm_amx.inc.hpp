@@ -25,7 +25,7 @@ struct GemmWalk {
 inline GemmWalk gemm_walk(std::int64_t m, std::int64_t steps) {
   constexpr std::int64_t pair = 2 * tile_height;
   const std::int64_t fit = rows_in_cache / ((steps > 0 ? steps : 1) * tile_row_bytes) / pair * pair;
-  if (fit < chunk_rows && fit < m) return {chunk_rows, chunk_steps};
+  if (fit < chunk_rows && fit < m) return {m < chunk_rows ? round_up(m, tile_height) : chunk_rows, chunk_steps};
   // Evenly: 577 rows are two blocks of 304 or less, not one of 512 and one of 65.
   const std::int64_t most = fit < most_rows ? fit : most_rows, blocks = (m + most - 1) / most;
   return {round_up((m + blocks - 1) / blocks, tile_height), steps > 0 ? steps : 1};
