@@ -5,5 +5,4 @@
 #include <m2lm/backends/cpu/cpu_impl.hpp>
 #include <m2lm/backends/cpu/kernels_impl.hpp>
 #include <m2lm/backends/cpu/training_impl.hpp>
-#include <m2lm/core/memory_impl.hpp>
 #include <m2lm/core/threads_impl.hpp>

@@ -44,9 +44,9 @@ struct On {
     return x;
   }
 
-  /// 300 keys, written in two calls; the scores grow, so that the maximum moves from block to block.
+  /// 700 keys, more than a segment, written in two calls; the scores grow, so that the maximum moves from segment to segment.
   Tensor<S> attention() {
-    constexpr std::int64_t heads = 4, kv_heads = 2, d = 8, keys = 300, tokens = 20;
+    constexpr std::int64_t heads = 4, kv_heads = 2, d = 8, keys = 700, tokens = 20;
     const m2lm::KeyValuesPlan plan = m2lm::ops::plan_key_values(ctx, DType::f32, kv_heads, d, keys);
     std::vector<std::byte> k_bytes(plan.bytes + 64), v_bytes(plan.bytes + 64);
     const m2lm::KeyValues kv{.format = DType::f32, .kv_heads = kv_heads, .head_dim = d, .capacity = plan.capacity, .keys = k_bytes.data(), .values = v_bytes.data()};
@@ -82,6 +82,6 @@ TEST_CASE("a product of several k blocks") {
 TEST_CASE("rotary embedding of several rows") {
   check([](auto& on) { return on.rope(); });
 }
-TEST_CASE("grouped causal attention over several blocks of keys") {
+TEST_CASE("grouped causal attention over several segments of keys") {
   check([](auto& on) { return on.attention(); });
 }

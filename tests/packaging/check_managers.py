@@ -60,7 +60,7 @@ def check_conan(package):
     output = run("create", package.source, "-s", "compiler.cppstd=20", "-o", "m2lm/*:with_xtensor=True", "--build=missing", *settings)
     if "m2lm::xtensor" not in output or "user_core" not in output:
         raise Failure(f"the test_package did not see the components:\n{output[-3000:]}")
-    (folder,) = {line for line in re.findall(r"Package folder (\S+)", output) if "/m2lm" in line}
+    (folder,) = {line for line in re.findall(r"Package folder (\S+)", output) if "m2lm" in pathlib.Path(line).parent.name}
     check_files(package, pathlib.Path(folder))
 
     identities = set()

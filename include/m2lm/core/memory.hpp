@@ -42,13 +42,6 @@ class OnDevice {
 };
 
 namespace detail {
-
-/// Buffers of the host from this size on lie on borders of huge pages: weights are read from one end to the other, and with pages of 4 KB the
-/// search for their addresses takes a tenth of that time, and their first use more than reading the file.
-inline constexpr std::size_t huge_page = std::size_t{1} << 21, huge_pages_from = 2 * huge_page;
-/// Asks the system for huge pages. requires `begin` on such a border.
-void advise_huge_pages(std::byte* begin, std::size_t bytes);
-
 template <class T>
 struct DeviceElement {
   static constexpr bool value = false;

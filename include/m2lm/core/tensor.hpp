@@ -15,11 +15,26 @@
 #include <span>
 #include <utility>
 
+#if defined(__linux__)
+#include <sys/mman.h>
+#endif
+
 namespace m2lm {
 
 namespace detail {
 
 inline constexpr std::size_t tensor_alignment = 64;
+
+/// Buffers of the host from this size on lie on borders of huge pages: weights are read from one end to the other, and with pages of 4 KB the
+/// search for their addresses takes a tenth of that time, and their first use more than reading the file.
+inline constexpr std::size_t huge_page = std::size_t{1} << 21, huge_pages_from = 2 * huge_page;
+/// Asks the system for huge pages. requires `begin` on such a border.
+inline void advise_huge_pages([[maybe_unused]] std::byte* begin, [[maybe_unused]] std::size_t bytes) {
+#if defined(__linux__)
+  // Whole pages only: the rest of the last one would count as used memory. A system without them answers with an error: as good as before.
+  if (const std::size_t whole = bytes / huge_page * huge_page; whole > 0) (void)::madvise(begin, whole, MADV_HUGEPAGE);
+#endif
+}
 
 struct AlignedDelete {
   MemoryResource* memory = nullptr;  // null: the host's

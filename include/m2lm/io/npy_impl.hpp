@@ -270,7 +270,7 @@ M2LM_IMPL void save_npz(std::string_view path, std::span<const NamedTensor> tens
   constexpr std::uint64_t limit = 0xffffffff;  // of a zip archive without zip64
   constexpr std::size_t border = 64;
   const auto number = [](std::string& out, std::uint64_t value, std::size_t bytes) {
-    for (std::size_t i = 0; i < bytes; ++i) out += static_cast<char>((value >> (8 * i)) & 0xffU);
+    for (std::size_t i = 0; i < bytes; ++i) out += i < sizeof(value) ? static_cast<char>((value >> (8 * i)) & 0xffU) : '\0';
   };
   FileWriter writer(path);
   std::string directory;

@@ -152,7 +152,7 @@ inline void pack_panel_of_rows(const PackedRows& from, std::int64_t panel, std::
   for (std::int64_t lane = 0; lane < panel_width; ++lane) {
     const auto [source, row] = from.at(panel, lane);
     float scale = 0;
-    if (source) {
+    if (source && from.cols > 0) {
       source->copy_to(x.data(), row * from.cols, from.cols);
       scale = quantise_w8(x.data(), from.cols, values.data());
     } else {
