@@ -294,7 +294,7 @@ TEST_CASE("linear: a row has the same bits alone, in a batch, and on any number 
 
 TEST_CASE("linear: rows that are too long to stay in cache, and fewer than are walked at once, have the bits of each alone") {
   const Problem p{.m = 65, .n = 640, .k = 5633, .bias = true, .first_rows = 640};
-  for (const DType format : weight_formats) {
+  for (const DType format : {DType::bf16, DType::w8a8}) {
     Random random(2100);
     const Data data(p, format, random);
     for (const int threads : {1, 2}) {
@@ -303,7 +303,7 @@ TEST_CASE("linear: rows that are too long to stay in cache, and fewer than are w
       Tensor<float> y(Shape{p.m, p.n}), alone(Shape{1, p.n});
       const Epilogue<float> epilogue{.bias = data.bias.data(), .activation = p.activation, .residual = {}};
       ops::linear(cpu.ctx, matrix(data.x), w, epilogue, y.view<2>());
-      for (std::int64_t i = 0; i < p.m; i += 8) {
+      for (std::int64_t i = 0; i < p.m; i += 32) {
         ops::linear(cpu.ctx, matrix(data.x).rows(i, i + 1), w, epilogue, alone.view<2>());
         CHECK_MESSAGE(same_bits(matrix(y).rows(i, i + 1), matrix(alone)), dtype_name(format), " ", threads, " threads, row ", i);
       }
