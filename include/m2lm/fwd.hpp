@@ -4,7 +4,7 @@
 
 #include <m2lm/config.hpp>
 
-namespace m2lm {
+namespace m2lm::inline M2LM_ABI {
 
 struct Image;      // io/image.hpp
 class Cpu;         // backends/cpu/cpu.hpp

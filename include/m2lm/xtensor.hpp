@@ -11,7 +11,7 @@
 #include <string_view>
 #include <type_traits>
 
-namespace m2lm {
+namespace m2lm::inline M2LM_ABI {
 
 /// The pixels as an xtensor array [height, width, 3]; writes go to the picture, which must outlive it.
 inline auto as_xtensor(Image& image) {

@@ -12,7 +12,7 @@
 #include <sys/wait.h>
 #include <unistd.h>
 
-namespace m2lm::cuda {
+namespace m2lm::inline M2LM_ABI::cuda {
 namespace {
 
 enum class Mistake {

@@ -24,7 +24,7 @@
 #include <utility>
 #include <vector>
 
-namespace m2lm::cuda {
+namespace m2lm::inline M2LM_ABI::cuda {
 namespace {
 
 M2LM_KERNEL void add_to_all(float* values, unsigned count, float by) {

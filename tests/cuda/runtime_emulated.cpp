@@ -24,7 +24,7 @@
 #include <sys/wait.h>
 #include <unistd.h>
 
-namespace m2lm::cuda {
+namespace m2lm::inline M2LM_ABI::cuda {
 namespace {
 
 M2LM_KERNEL void read_one(const float* from, float* to) {

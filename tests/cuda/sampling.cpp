@@ -10,7 +10,7 @@
 #include <algorithm>
 #include <span>
 
-namespace m2lm::cuda {
+namespace m2lm::inline M2LM_ABI::cuda {
 namespace {
 
 template <class T>

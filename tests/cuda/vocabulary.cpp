@@ -11,7 +11,7 @@
 #include <string>
 #include <vector>
 
-namespace m2lm::cuda {
+namespace m2lm::inline M2LM_ABI::cuda {
 namespace {
 
 template <class T>

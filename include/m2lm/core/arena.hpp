@@ -9,7 +9,7 @@
 #include <cstdint>
 #include <vector>
 
-namespace m2lm {
+namespace m2lm::inline M2LM_ABI {
 
 /// A number that no other call in this program gives.
 inline std::uint64_t next_number() {

@@ -9,7 +9,7 @@
 #include <cstdint>
 #include <cstring>
 
-namespace m2lm {
+namespace m2lm::inline M2LM_ABI {
 
 /// 32 values of 8 bits: value i is scale · values[i]. The bytes of GGUF's Q8_0.
 struct Q8Block {

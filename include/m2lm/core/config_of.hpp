@@ -2,7 +2,9 @@
 // Floor: core. May include: config, core.
 #pragma once
 
-namespace m2lm {
+#include <m2lm/config.hpp>
+
+namespace m2lm::inline M2LM_ABI {
 
 /// The config of components that have none.
 struct NoConfig {};

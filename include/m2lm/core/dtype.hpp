@@ -10,7 +10,7 @@
 #include <cstdint>
 #include <string_view>
 
-namespace m2lm {
+namespace m2lm::inline M2LM_ABI {
 
 /// What a stored element is. `inherit` is a policy's "as the one above me"; `native` is the scalar of a Reference<T> backend.
 /// `q8` and `q4` come in blocks of 32 values that share a scale (see core/blocks.hpp). `q4_128` and `w8a8` are forms that weights are

@@ -7,7 +7,7 @@
 #include <cmath>
 #include <numbers>
 
-namespace m2lm {
+namespace m2lm::inline M2LM_ABI {
 
 /// value + tangent·ε with ε² = 0. Comparisons look at the value. source: W. K. Clifford 1873; forward-mode differentiation.
 template <class T>

@@ -14,7 +14,7 @@
 #include <string_view>
 #include <type_traits>
 
-namespace m2lm {
+namespace m2lm::inline M2LM_ABI {
 
 /// Base of everything the library throws on purpose. The message names the file, tensor or option and says what to do.
 class Error : public std::runtime_error {

@@ -10,7 +10,7 @@
 #include <type_traits>
 #include <vector>
 
-namespace m2lm {
+namespace m2lm::inline M2LM_ABI {
 
 /// An update of a weight [outputs, inputs] that is kept apart from it: weight + scale·b·a. source: LoRA (arXiv 2106.09685).
 struct LowRankUpdate {

@@ -8,7 +8,7 @@
 #include <type_traits>
 #include <utility>
 
-namespace m2lm {
+namespace m2lm::inline M2LM_ABI {
 
 template <class Signature>
 class FunctionRef;

@@ -12,7 +12,7 @@
 #include <utility>
 #include <vector>
 
-namespace m2lm {
+namespace m2lm::inline M2LM_ABI {
 
 /// What backward passes add to. A parameter that was not added here is frozen: `find` is null, and its layer computes nothing
 /// for it. S is the scalar of a backend's activations. The parameters are known by address: the model must stay where it is.

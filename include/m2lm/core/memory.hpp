@@ -7,7 +7,7 @@
 #include <cstddef>
 #include <cstdint>
 
-namespace m2lm {
+namespace m2lm::inline M2LM_ABI {
 
 /// The memory of a device: where its tensors, arenas and KV caches take their bytes from. (Those of the host use operator new.)
 class MemoryResource {

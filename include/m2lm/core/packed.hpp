@@ -8,7 +8,7 @@
 #include <cstdint>
 #include <memory>
 
-namespace m2lm {
+namespace m2lm::inline M2LM_ABI {
 
 /// A matrix [rows, cols] (rows = outputs, cols = inputs) packed for one backend. The format is a run-time value: each backend
 /// has a kernel table by format. Derived from a checkpoint's tensor, never trained or saved. Copies share the bytes.

@@ -7,7 +7,7 @@
 #include <cstddef>
 #include <string_view>
 
-namespace m2lm {
+namespace m2lm::inline M2LM_ABI {
 
 /// What to pack by default, separately for each kind of tensor. `inherit` follows `weights`; with one exception: weights as integers
 /// (q8, q4, q4_128, w8a8) are the decoder's and its head's alone, where encoders, projectors and the KV cache inherit bf16.

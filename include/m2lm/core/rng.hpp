@@ -7,7 +7,7 @@
 #include <array>
 #include <cstdint>
 
-namespace m2lm {
+namespace m2lm::inline M2LM_ABI {
 
 /// Philox4x32-10 (Salmon et al., "Parallel random numbers: as easy as 1, 2, 3", 2011). State is a key and a counter, so a
 /// session's generator can be copied, stored and compared.

@@ -19,7 +19,7 @@
 #include <sys/mman.h>
 #endif
 
-namespace m2lm {
+namespace m2lm::inline M2LM_ABI {
 
 namespace detail {
 

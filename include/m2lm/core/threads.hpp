@@ -12,7 +12,7 @@
 #include <thread>
 #include <vector>
 
-namespace m2lm {
+namespace m2lm::inline M2LM_ABI {
 
 /// A fixed number of parts; the caller runs the first, other threads the rest. There are no more threads than cores, and with more parts
 /// than those each thread runs several: threads that wait for a core of each other's would make every call wait for the scheduler.

@@ -11,7 +11,7 @@
 #include <sched.h>
 #endif
 
-namespace m2lm {
+namespace m2lm::inline M2LM_ABI {
 
 M2LM_IMPL int ThreadPool::available_cores() {
   int cores = static_cast<int>(std::thread::hardware_concurrency());

@@ -9,7 +9,7 @@
 #include <string>
 #include <string_view>
 
-namespace m2lm::detail {
+namespace m2lm::inline M2LM_ABI::detail {
 
 /// U+FFFD, which stands for bytes that are no character.
 inline constexpr std::string_view replacement_character = "\xEF\xBF\xBD";

@@ -12,7 +12,7 @@
 #include <string>
 #include <type_traits>
 
-namespace m2lm {
+namespace m2lm::inline M2LM_ABI {
 
 /// Dimensions that a tensor has at most.
 inline constexpr int max_rank = 6;

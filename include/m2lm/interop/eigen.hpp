@@ -8,7 +8,7 @@
 
 #include <type_traits>
 
-namespace m2lm {
+namespace m2lm::inline M2LM_ABI {
 
 /// A row-major Eigen map of any strides; of const elements if T is const.
 template <class T>

@@ -132,7 +132,7 @@
 #pragma GCC diagnostic ignored "-Wdeprecated-declarations"
 #pragma GCC diagnostic ignored "-Wtautological-compare"
 
-namespace m2lm::detail::stb {
+namespace m2lm::inline M2LM_ABI::detail::stb {
 
 // stb does not always say that memory was short: this does, until it is set back.
 inline thread_local bool out_of_memory = false;

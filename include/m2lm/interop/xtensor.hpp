@@ -30,7 +30,7 @@
 #error "m2lm/interop/xtensor.hpp needs xtensor 0.24 or newer: Debian's libxtensor-dev, or find_package(m2lm COMPONENTS xtensor)"
 #endif
 
-namespace m2lm {
+namespace m2lm::inline M2LM_ABI {
 
 /// Whatever xtensor can evaluate: containers, views, and expressions that nobody has computed yet.
 template <class E>

@@ -18,7 +18,7 @@
 #include <utility>
 #include <vector>
 
-namespace m2lm::detail {
+namespace m2lm::inline M2LM_ABI::detail {
 
 // ---- code points ---------------------------------------------------------------------------------------------------------------------
 

@@ -15,7 +15,7 @@
 #include <string_view>
 #include <vector>
 
-namespace m2lm {
+namespace m2lm::inline M2LM_ABI {
 
 /// Limits of the files of a directory.
 struct CheckpointLimits {

@@ -16,7 +16,7 @@
 #include <set>
 #include <unordered_map>
 
-namespace m2lm {
+namespace m2lm::inline M2LM_ABI {
 
 namespace detail {
 

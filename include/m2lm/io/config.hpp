@@ -13,7 +13,7 @@
 #include <utility>
 #include <vector>
 
-namespace m2lm {
+namespace m2lm::inline M2LM_ABI {
 
 /// What is read of JSON. A file beyond a limit is refused with an error that names the limit.
 struct JsonLimits {

@@ -8,7 +8,7 @@
 #include <string>
 #include <string_view>
 
-namespace m2lm {
+namespace m2lm::inline M2LM_ABI {
 
 /// Files are written into a hidden directory beside `path`; commit gives it the name in one step, in exchange for the directory that
 /// had it. So whoever opens `path`, at whatever moment the program or the machine stops, finds the old files or the new ones, all

@@ -12,7 +12,7 @@
 #include <new>
 #include <utility>
 
-namespace m2lm {
+namespace m2lm::inline M2LM_ABI {
 
 namespace detail {
 

@@ -11,7 +11,7 @@
 #include <string>
 #include <string_view>
 
-namespace m2lm {
+namespace m2lm::inline M2LM_ABI {
 
 /// True when `path` names something that is there and is not a directory.
 bool file_exists(std::string_view path);

@@ -18,7 +18,7 @@
 #include <system_error>
 #include <utility>
 
-namespace m2lm {
+namespace m2lm::inline M2LM_ABI {
 
 namespace detail {
 

@@ -14,7 +14,7 @@
 #include <string>
 #include <string_view>
 
-namespace m2lm {
+namespace m2lm::inline M2LM_ABI {
 
 /// Element types of GGUF tensors, by their numbers in the file. Those that are not plain numbers come in blocks.
 enum class GgufType : std::uint32_t {

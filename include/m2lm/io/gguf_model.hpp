@@ -13,7 +13,7 @@
 #include <string_view>
 #include <vector>
 
-namespace m2lm {
+namespace m2lm::inline M2LM_ABI {
 
 /// The text model and, for one that sees, the encoder and projector ("mmproj"). What GGUF has under its own names and in its own
 /// order is translated, so that the rest of the library meets one dialect. source: llama.cpp's converters and its file format.

@@ -8,7 +8,7 @@
 #include <bit>
 #include <cmath>
 
-namespace m2lm {
+namespace m2lm::inline M2LM_ABI {
 
 namespace detail {
 

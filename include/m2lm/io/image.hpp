@@ -11,7 +11,7 @@
 #include <string_view>
 #include <vector>
 
-namespace m2lm {
+namespace m2lm::inline M2LM_ABI {
 
 /// RGB, 8 bits, row-major: pixel (x, y) starts at 3 · (y · width + x).
 struct Image {

@@ -15,7 +15,7 @@
 #include <new>
 #include <string>
 
-namespace m2lm {
+namespace m2lm::inline M2LM_ABI {
 
 namespace detail {
 

@@ -9,7 +9,7 @@
 #include <array>
 #include <string_view>
 
-namespace m2lm {
+namespace m2lm::inline M2LM_ABI {
 
 /// The steps, in this order: pad to a square, resize, crop the middle, rescale, normalise.
 struct ImageProcessorConfig {

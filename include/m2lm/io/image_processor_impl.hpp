@@ -9,7 +9,7 @@
 
 #include <algorithm>
 
-namespace m2lm {
+namespace m2lm::inline M2LM_ABI {
 
 namespace detail {
 

@@ -12,7 +12,7 @@
 #include <string_view>
 #include <vector>
 
-namespace m2lm {
+namespace m2lm::inline M2LM_ABI {
 
 /// The array of a .npy file. A row-major little-endian one is a view of the mapped file, others are copies. Its elements are f64, f32, f16,
 /// i64, i32, i16, i8, u8 or boolean. Source: numpy.lib.format, versions 1.0 to 3.0.

@@ -10,7 +10,7 @@
 #include <string_view>
 #include <vector>
 
-namespace m2lm {
+namespace m2lm::inline M2LM_ABI {
 
 /// A tensor as a pickle describes it; the texts are in the pickle's bytes. Nothing of it is checked against the storage.
 struct PickledTensor {

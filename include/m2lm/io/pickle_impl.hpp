@@ -11,7 +11,7 @@
 #include <unordered_map>
 #include <utility>
 
-namespace m2lm::detail {
+namespace m2lm::inline M2LM_ABI::detail {
 
 /// What the interpreter has a meaning for; the name is how a pickle calls it.
 enum class PickleGlobal : std::uint8_t { ordered_dict, rebuild_tensor, rebuild_parameter, storage };
@@ -355,7 +355,7 @@ class PickleMachine {
 
 }  // namespace m2lm::detail
 
-namespace m2lm {
+namespace m2lm::inline M2LM_ABI {
 
 M2LM_IMPL std::vector<PickledTensor> read_pickled_tensors(std::span<const std::byte> pickle, std::string_view file, const PytorchLimits& limits) {
   constexpr std::size_t most = std::size_t{1} << 31;  // positions and counts are kept in 32 bits

@@ -11,7 +11,7 @@
 #include <string>
 #include <string_view>
 
-namespace m2lm {
+namespace m2lm::inline M2LM_ABI {
 
 /// One file in the zip format of PyTorch 1.6 and later. The pickle in it is read and not run (io/pickle.hpp).
 class PytorchFile {

@@ -15,7 +15,7 @@
 #include <utility>
 #include <vector>
 
-namespace m2lm {
+namespace m2lm::inline M2LM_ABI {
 
 struct PytorchFile::File {
   ZipArchive archive;

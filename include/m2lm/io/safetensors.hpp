@@ -14,7 +14,7 @@
 #include <string_view>
 #include <vector>
 
-namespace m2lm {
+namespace m2lm::inline M2LM_ABI {
 
 /// A tensor under the name that a file gives it.
 struct NamedTensor {

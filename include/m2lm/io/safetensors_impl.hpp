@@ -13,7 +13,7 @@
 #include <set>
 #include <unordered_map>
 
-namespace m2lm {
+namespace m2lm::inline M2LM_ABI {
 
 static_assert(std::endian::native == std::endian::little, "m2lm: the checkpoint readers expect a little-endian machine");
 

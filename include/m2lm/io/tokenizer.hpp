@@ -12,7 +12,7 @@
 #include <string_view>
 #include <vector>
 
-namespace m2lm {
+namespace m2lm::inline M2LM_ABI {
 
 class ConfigValue;
 class Gguf;

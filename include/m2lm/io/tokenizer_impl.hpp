@@ -18,7 +18,7 @@
 #include <new>
 #include <unordered_map>
 
-namespace m2lm {
+namespace m2lm::inline M2LM_ABI {
 
 namespace detail {
 

@@ -5,7 +5,9 @@
 // Letters, numbers, white space: the regular expressions of tokenizers 0.23.3. Words: Unicode 14.0.0. NFC: Unicode 9, as there.
 #include <cstdint>
 
-namespace m2lm::detail {
+#include <m2lm/config.hpp>
+
+namespace m2lm::inline M2LM_ABI::detail {
 
 /// Code points first … last.
 struct UnicodeRange {

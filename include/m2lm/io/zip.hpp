@@ -12,7 +12,7 @@
 #include <string_view>
 #include <vector>
 
-namespace m2lm {
+namespace m2lm::inline M2LM_ABI {
 
 /// A zip or zip64 archive. Nothing in it is believed unchecked: every entry lies inside the file, none overlaps another.
 /// Source: PKWARE's APPNOTE.TXT, sections 4.3 to 4.5.

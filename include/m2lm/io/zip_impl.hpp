@@ -11,7 +11,7 @@
 #include <optional>
 #include <utility>
 
-namespace m2lm {
+namespace m2lm::inline M2LM_ABI {
 
 namespace detail {
 

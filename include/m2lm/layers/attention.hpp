@@ -9,7 +9,7 @@
 #include <cmath>
 #include <span>
 
-namespace m2lm {
+namespace m2lm::inline M2LM_ABI {
 
 /// Sizes of an attention layer. heads is a multiple of kv_heads.
 struct AttentionConfig {

@@ -10,7 +10,7 @@
 #include <utility>
 #include <vector>
 
-namespace m2lm {
+namespace m2lm::inline M2LM_ABI {
 
 /// One level of a feature pyramid: values [height·width, channels], row by row.
 template <class S>

@@ -8,7 +8,7 @@
 
 #include <span>
 
-namespace m2lm {
+namespace m2lm::inline M2LM_ABI {
 
 /// On the host the table stays in the checkpoint's own bytes: a lookup touches only the rows it needs. A device gets a copy.
 template <class B>

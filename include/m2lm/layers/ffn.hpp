@@ -4,7 +4,7 @@
 
 #include <m2lm/layers/linear.hpp>
 
-namespace m2lm {
+namespace m2lm::inline M2LM_ABI {
 
 /// down(act(gate(x)) · up(x)). Keys: gate_proj, up_proj, down_proj.
 template <class B>

@@ -11,7 +11,7 @@
 #include <type_traits>
 #include <vector>
 
-namespace m2lm {
+namespace m2lm::inline M2LM_ABI {
 
 /// Room for `capacity` positions in `layers` layers. The memory is zero; that of the host only becomes resident as it is written, so a
 /// long context costs nothing until it is used. A device's knows the length too: kernels read it there. Movable.

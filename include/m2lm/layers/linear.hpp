@@ -11,7 +11,7 @@
 #include <initializer_list>
 #include <vector>
 
-namespace m2lm {
+namespace m2lm::inline M2LM_ABI {
 
 /// Weight [outputs, inputs] and bias [outputs] of a checkpoint, and what a backend derives from them.
 /// source: torch.nn.Linear's layout; a convolution whose kernel equals its stride has weight [outputs, channels, k, k].

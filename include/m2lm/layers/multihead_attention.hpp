@@ -12,7 +12,7 @@
 #include <numeric>
 #include <vector>
 
-namespace m2lm {
+namespace m2lm::inline M2LM_ABI {
 
 /// The arguments of torch.nn.MultiheadAttention that are supported.
 struct MultiheadConfig {

@@ -6,7 +6,7 @@
 #include <m2lm/ops/norm.hpp>
 #include <m2lm/ops/transfer.hpp>
 
-namespace m2lm {
+namespace m2lm::inline M2LM_ABI {
 
 /// y = weight · x / √(mean(x²) + eps), row by row.
 template <class B>

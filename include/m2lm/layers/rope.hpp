@@ -9,7 +9,7 @@
 #include <numbers>
 #include <vector>
 
-namespace m2lm {
+namespace m2lm::inline M2LM_ABI {
 
 /// How a context longer than that of pre-training is reached: `rope_type` of config.json.
 enum class RopeScaling : std::uint8_t { none, linear, llama3, factors };

@@ -10,7 +10,7 @@
 #include <string>
 #include <string_view>
 
-namespace m2lm {
+namespace m2lm::inline M2LM_ABI {
 
 /// What becomes of an adapter's updates W + scale·B·A.
 enum class AdapterMode : std::uint8_t {

@@ -16,7 +16,7 @@
 #include <set>
 #include <vector>
 
-namespace m2lm::detail {
+namespace m2lm::inline M2LM_ABI::detail {
 
 namespace adapters {
 

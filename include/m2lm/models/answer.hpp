@@ -14,7 +14,7 @@
 #include <string>
 #include <string_view>
 
-namespace m2lm::detail {
+namespace m2lm::inline M2LM_ABI::detail {
 
 /// What ends and shows an answer, besides the options of the call.
 struct AnswerContext {

@@ -7,7 +7,7 @@
 #include <algorithm>
 #include <vector>
 
-namespace m2lm::detail {
+namespace m2lm::inline M2LM_ABI::detail {
 
 namespace answers {
 

@@ -8,7 +8,7 @@
 #include <string>
 #include <string_view>
 
-namespace m2lm {
+namespace m2lm::inline M2LM_ABI {
 
 /// Who says something in a chat.
 enum class Role { system, user, assistant };

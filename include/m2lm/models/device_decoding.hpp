@@ -11,7 +11,7 @@
 #include <span>
 #include <vector>
 
-namespace m2lm::detail {
+namespace m2lm::inline M2LM_ABI::detail {
 
 /// One sequence that goes on.
 struct DeviceRow {

@@ -11,7 +11,7 @@
 #include <string_view>
 #include <vector>
 
-namespace m2lm {
+namespace m2lm::inline M2LM_ABI {
 
 /// Options of one generate call. `on_text` refers to a callable and does not own it: write the lambda into the call itself, or give
 /// it a name that lives as long as the options are used.

@@ -11,7 +11,7 @@
 #include <string_view>
 #include <vector>
 
-namespace m2lm {
+namespace m2lm::inline M2LM_ABI {
 
 /// Reads `root`, or its "text_config". Missing keys get the defaults of the model_type, as in transformers. Understands
 /// `rope_theta` + `rope_scaling` and the newer `rope_parameters`. throws CheckpointError naming file and key: an architecture,

@@ -5,7 +5,7 @@
 #include <m2lm/io/file.hpp>
 #include <m2lm/models/hf_config.hpp>
 
-namespace m2lm {
+namespace m2lm::inline M2LM_ABI {
 
 namespace detail {
 

@@ -8,7 +8,7 @@
 #include <cstdint>
 #include <string_view>
 
-namespace m2lm {
+namespace m2lm::inline M2LM_ABI {
 
 /// What the four insertion policies below do, as a value.
 enum class InsertionKind : std::uint8_t { expand_placeholder, placeholder_run, prefix_after_bos, discrete_tokens };

@@ -8,7 +8,7 @@
 #include <string>
 #include <string_view>
 
-namespace m2lm::detail {
+namespace m2lm::inline M2LM_ABI::detail {
 
 /// The id that stands for a picture in token ids of LLaVA's own code. source: llava/constants.py.
 inline constexpr std::int32_t llava_image_token_index = -200;

@@ -9,7 +9,7 @@
 
 #include <array>
 
-namespace m2lm::detail {
+namespace m2lm::inline M2LM_ABI::detail {
 
 /// Towers that LLaVA's checkpoints name without saying how large they are. source: the config.json of each.
 struct KnownTower {

@@ -11,7 +11,7 @@
 #include <string_view>
 #include <vector>
 
-namespace m2lm {
+namespace m2lm::inline M2LM_ABI {
 
 /// What a checkpoint and a model disagree on. Each entry is a sentence with names, shapes and the nearest name there is.
 struct LoadReport {

@@ -11,7 +11,7 @@
 #include <set>
 #include <utility>
 
-namespace m2lm {
+namespace m2lm::inline M2LM_ABI {
 
 M2LM_IMPL std::string LoadReport::string() const {
   std::string out;

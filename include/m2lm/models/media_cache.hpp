@@ -15,7 +15,7 @@
 #include <utility>
 #include <vector>
 
-namespace m2lm {
+namespace m2lm::inline M2LM_ABI {
 
 /// 128 bits of content, keyed by a number that each process draws: contents that collide cannot be prepared in advance.
 struct ContentKey {

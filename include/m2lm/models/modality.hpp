@@ -18,7 +18,7 @@
 #include <utility>
 #include <vector>
 
-namespace m2lm {
+namespace m2lm::inline M2LM_ABI {
 
 /// What happens to an input before its encoder sees it. The primary hands it on as it is; a user specialises it for a type.
 template <class Input>

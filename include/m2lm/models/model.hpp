@@ -29,7 +29,7 @@
 #include <tuple>
 #include <vector>
 
-namespace m2lm {
+namespace m2lm::inline M2LM_ABI {
 
 struct GgufModel;
 

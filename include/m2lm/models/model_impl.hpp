@@ -11,7 +11,7 @@
 #include <algorithm>
 #include <cstdio>
 
-namespace m2lm::detail {
+namespace m2lm::inline M2LM_ABI::detail {
 
 namespace files {
 

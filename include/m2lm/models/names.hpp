@@ -6,7 +6,9 @@
 #include <span>
 #include <string_view>
 
-namespace m2lm {
+#include <m2lm/config.hpp>
+
+namespace m2lm::inline M2LM_ABI {
 
 /// Names that begin with `canonical` may be stored with any of the prefixes `stored`; the one that fits most tensors is used.
 struct NameRule {

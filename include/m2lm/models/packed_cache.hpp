@@ -15,7 +15,7 @@
 #include <string_view>
 #include <vector>
 
-namespace m2lm {
+namespace m2lm::inline M2LM_ABI {
 
 /// What loading does with a file of packed weights.
 enum class PackedCacheMode : std::uint8_t {

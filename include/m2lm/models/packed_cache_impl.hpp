@@ -8,7 +8,7 @@
 #include <algorithm>
 #include <cstring>
 
-namespace m2lm::detail {
+namespace m2lm::inline M2LM_ABI::detail {
 
 namespace packed_cache {
 

@@ -11,7 +11,7 @@
 #include <string>
 #include <string_view>
 
-namespace m2lm {
+namespace m2lm::inline M2LM_ABI {
 
 /// What save_pretrained writes.
 struct SaveOptions {

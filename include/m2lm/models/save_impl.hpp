@@ -15,7 +15,7 @@
 #include <numbers>
 #include <set>
 
-namespace m2lm::detail {
+namespace m2lm::inline M2LM_ABI::detail {
 
 namespace saving {
 

@@ -11,7 +11,7 @@
 #include <string_view>
 #include <vector>
 
-namespace m2lm::detail {
+namespace m2lm::inline M2LM_ABI::detail {
 
 /// The rows of one attached instance in a sequence.
 struct MediaSpan {

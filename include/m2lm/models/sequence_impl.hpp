@@ -7,7 +7,7 @@
 
 #include <algorithm>
 
-namespace m2lm::detail {
+namespace m2lm::inline M2LM_ABI::detail {
 
 M2LM_IMPL TokenSequence lay_out(std::span<const std::int32_t> ids, bool given_ids, std::optional<std::int32_t> bos,
                                 std::span<const ComponentInstances> components) {

@@ -24,7 +24,7 @@
 #include <utility>
 #include <vector>
 
-namespace m2lm {
+namespace m2lm::inline M2LM_ABI {
 
 /// What a session is made with.
 struct SessionOptions {

@@ -4,7 +4,7 @@
 
 #include <m2lm/ops/op.hpp>
 
-namespace m2lm {
+namespace m2lm::inline M2LM_ABI {
 
 /// Elementwise activations. gelu is the erf form; gelu_tanh is PyTorch's tanh approximation; quick_gelu(x) = x·sigmoid(1.702x).
 enum class Activation : std::uint8_t { none, relu, silu, gelu, gelu_tanh, quick_gelu };

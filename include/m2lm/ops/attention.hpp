@@ -5,7 +5,7 @@
 #include <m2lm/ops/op.hpp>
 #include <m2lm/ops/rope.hpp>
 
-namespace m2lm {
+namespace m2lm::inline M2LM_ABI {
 
 /// The keys and values of one layer for one sequence, in the layout of the backend that made it. Non-owning.
 struct KeyValues {

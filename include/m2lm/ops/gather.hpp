@@ -6,7 +6,7 @@
 
 #include <span>
 
-namespace m2lm::ops {
+namespace m2lm::inline M2LM_ABI::ops {
 
 struct GatherRows;
 struct Patchify;

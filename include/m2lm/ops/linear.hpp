@@ -6,7 +6,7 @@
 
 #include <span>
 
-namespace m2lm {
+namespace m2lm::inline M2LM_ABI {
 
 /// What happens to x·wᵀ before it is stored, in this order: + bias, activation, (gated: · second half), + residual.
 template <class S>

@@ -6,7 +6,7 @@
 
 #include <span>
 
-namespace m2lm {
+namespace m2lm::inline M2LM_ABI {
 
 /// A target that takes no part in the loss. source: the ignore_index of torch.nn.CrossEntropyLoss.
 inline constexpr std::int32_t ignored_target = -100;

@@ -11,7 +11,7 @@
 #include <span>
 #include <string_view>
 
-namespace m2lm {
+namespace m2lm::inline M2LM_ABI {
 
 /// The scalar of a backend's activations: float on Cpu, T on Reference<T>, OnDevice<E> on a device.
 template <class B>

@@ -4,7 +4,7 @@
 
 #include <m2lm/ops/op.hpp>
 
-namespace m2lm::ops {
+namespace m2lm::inline M2LM_ABI::ops {
 
 struct Rope;
 struct RopeBackward;

@@ -6,7 +6,7 @@
 
 #include <cstdint>
 
-namespace m2lm {
+namespace m2lm::inline M2LM_ABI {
 
 /// How one row's token is chosen: the fields of SamplingOptions, and the state of its Rng.
 struct SamplerRow {

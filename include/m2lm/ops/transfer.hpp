@@ -7,7 +7,7 @@
 #include <cstring>
 #include <span>
 
-namespace m2lm::ops {
+namespace m2lm::inline M2LM_ABI::ops {
 
 struct Upload;
 struct UploadValues;

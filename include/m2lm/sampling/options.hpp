@@ -6,7 +6,7 @@
 
 #include <cstdint>
 
-namespace m2lm {
+namespace m2lm::inline M2LM_ABI {
 
 /// Names and meanings as in transformers' GenerationConfig, except that greedy is temperature 0 instead of do_sample = false.
 struct SamplingOptions {

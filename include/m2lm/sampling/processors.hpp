@@ -10,7 +10,7 @@
 #include <span>
 #include <vector>
 
-namespace m2lm {
+namespace m2lm::inline M2LM_ABI {
 
 /// Processes logits and chooses tokens. All memory is reserved at construction; no member allocates after it (unless it throws).
 ///

@@ -9,7 +9,7 @@
 #include <cstddef>
 #include <limits>
 
-namespace m2lm {
+namespace m2lm::inline M2LM_ABI {
 
 namespace detail {
 

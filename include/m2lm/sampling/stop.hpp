@@ -10,7 +10,7 @@
 #include <string_view>
 #include <vector>
 
-namespace m2lm {
+namespace m2lm::inline M2LM_ABI {
 
 /// Makes whole, valid UTF-8 of bytes that come in pieces of any size. A character that is not complete waits for its rest. Each
 /// maximal invalid part becomes one U+FFFD, as Python's bytes.decode(errors="replace") and the WHATWG decoder do, so the result does

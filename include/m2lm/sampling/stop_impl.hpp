@@ -8,7 +8,7 @@
 #include <algorithm>
 #include <cstddef>
 
-namespace m2lm {
+namespace m2lm::inline M2LM_ABI {
 
 namespace detail {
 

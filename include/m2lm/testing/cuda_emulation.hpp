@@ -61,7 +61,7 @@
 #define M2LM_DEVICE inline
 #define M2LM_SHARED static  // of all blocks: they run one after another
 
-namespace m2lm::cuda {
+namespace m2lm::inline M2LM_ABI::cuda {
 
 struct Index3 {
   unsigned x = 0, y = 0, z = 0;

@@ -34,7 +34,7 @@
 #include <sys/mman.h>
 #include <unistd.h>
 
-namespace m2lm::cuda::emulation {
+namespace m2lm::inline M2LM_ABI::cuda::emulation {
 
 /// The machine that the emulation pretends to be. A Device takes what holds when it is made, but for the faults, which hold at once.
 struct Machine {
@@ -287,7 +287,7 @@ void multiply(const Product& p) {
 }  // namespace detail
 }  // namespace m2lm::cuda::emulation
 
-namespace m2lm::cuda {
+namespace m2lm::inline M2LM_ABI::cuda {
 
 struct Device::Implementation {
   using Step = emulation::detail::Step;

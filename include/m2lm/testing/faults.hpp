@@ -8,7 +8,7 @@
 #include <cstdint>
 #include <string_view>
 
-namespace m2lm::testing {
+namespace m2lm::inline M2LM_ABI::testing {
 
 /// The number is what M2LM_FAULT(n) in the library asks for. tests/faults/faults.json names the program that catches each.
 enum class Fault : std::uint8_t {

@@ -17,7 +17,7 @@
 #include <utility>
 #include <vector>
 
-namespace m2lm::testing {
+namespace m2lm::inline M2LM_ABI::testing {
 
 /// How much gradient_check tries, and with what numbers.
 struct GradientCheckOptions {

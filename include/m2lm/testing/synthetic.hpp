@@ -17,7 +17,7 @@
 #include <utility>
 #include <vector>
 
-namespace m2lm::testing {
+namespace m2lm::inline M2LM_ABI::testing {
 
 /// A decoder that is quick to run and has different numbers everywhere: 4 heads share 2 key-value heads.
 inline LlamaConfig small_llama() {

@@ -9,7 +9,7 @@
 #include <cstdint>
 #include <limits>
 
-namespace m2lm::testing {
+namespace m2lm::inline M2LM_ABI::testing {
 
 inline constexpr double epsilon_f64 = 0x1.0p-52;  ///< distance between two elements of f64 at 1
 inline constexpr double epsilon_f32 = 0x1.0p-23;  ///< of f32

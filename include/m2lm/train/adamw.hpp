@@ -10,7 +10,7 @@
 #include <span>
 #include <vector>
 
-namespace m2lm::train {
+namespace m2lm::inline M2LM_ABI::train {
 
 /// torch.optim.AdamW's values. Every trained parameter decays, norms and biases too, as there.
 struct AdamWOptions {

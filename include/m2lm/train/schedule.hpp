@@ -8,7 +8,7 @@
 #include <cstdint>
 #include <numbers>
 
-namespace m2lm::train {
+namespace m2lm::inline M2LM_ABI::train {
 
 /// How the rate goes on after the warm-up.
 enum class Decay : std::uint8_t { none, linear, cosine };

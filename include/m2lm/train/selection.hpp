@@ -11,7 +11,7 @@
 #include <string_view>
 #include <vector>
 
-namespace m2lm::train {
+namespace m2lm::inline M2LM_ABI::train {
 
 /// Patterns of canonical names ('*' stands for any text): a parameter is trained when one of `train` fits and none of `freeze` does.
 struct Selection {

@@ -22,7 +22,7 @@
 #include <variant>
 #include <vector>
 
-namespace m2lm::train {
+namespace m2lm::inline M2LM_ABI::train {
 
 /// A prompt with the answer that it shall get. The loss is over the answer's tokens and the token that ends it; text, media and
 /// template of the prompt take no part.

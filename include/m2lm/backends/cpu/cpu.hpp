@@ -16,7 +16,7 @@
 #include <span>
 #include <string_view>
 
-namespace m2lm {
+namespace m2lm::inline M2LM_ABI {
 
 /// What a Cpu is made with.
 struct CpuOptions {

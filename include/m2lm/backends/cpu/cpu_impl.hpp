@@ -8,7 +8,7 @@
 #include <cstring>
 #include <vector>
 
-namespace m2lm {
+namespace m2lm::inline M2LM_ABI {
 
 M2LM_IMPL Cpu::Cpu(const CpuOptions& options) try {
   const IsaLevel allowed = default_isa();

@@ -7,7 +7,7 @@
 #include <cstdint>
 #include <string_view>
 
-namespace m2lm {
+namespace m2lm::inline M2LM_ABI {
 
 /// Levels in ascending order; a machine that has one has those below. `baseline` is what the compiler targets by default.
 enum class IsaLevel : std::uint8_t { baseline, avx2, avx512, avx512_bf16, amx };

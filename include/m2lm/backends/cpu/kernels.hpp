@@ -10,7 +10,7 @@
 #include <cstddef>
 #include <cstdint>
 
-namespace m2lm::detail {
+namespace m2lm::inline M2LM_ABI::detail {
 
 /// Outputs per panel of a packed matrix. A panel holds all inputs of 32 outputs: f32 [k][32], bf16 [k/2][32][2] (k even).
 /// Keys are packed the same way (outputs = keys, inputs = head_dim), values too (outputs = head_dim, inputs = keys), so that

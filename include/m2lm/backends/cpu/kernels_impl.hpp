@@ -17,27 +17,27 @@
 #endif
 #endif
 
-namespace m2lm::detail::cpu_baseline {
+namespace m2lm::inline M2LM_ABI::detail::cpu_baseline {
 #define M2LM_CPU_NATIVE_BF16 0
 #include <m2lm/backends/cpu/kernels/simd_baseline.inc.hpp>
 #include <m2lm/backends/cpu/kernels/kernels.inc.hpp>
 #include <m2lm/backends/cpu/kernels/attention.inc.hpp>
 #include <m2lm/backends/cpu/kernels/training.inc.hpp>
 }  // namespace m2lm::detail::cpu_baseline
-namespace m2lm::detail::cpu_baseline::floats {
+namespace m2lm::inline M2LM_ABI::detail::cpu_baseline::floats {
 #include <m2lm/backends/cpu/kernels/bytes_baseline.inc.hpp>
 #include <m2lm/backends/cpu/kernels/blocks.inc.hpp>
 }  // namespace m2lm::detail::cpu_baseline::floats
 
 #if M2LM_X86_64
 M2LM_REGION_BEGIN("avx2,fma,f16c")
-namespace m2lm::detail::cpu_avx2 {
+namespace m2lm::inline M2LM_ABI::detail::cpu_avx2 {
 #include <m2lm/backends/cpu/kernels/simd_avx2.inc.hpp>
 #include <m2lm/backends/cpu/kernels/kernels.inc.hpp>
 #include <m2lm/backends/cpu/kernels/attention.inc.hpp>
 #include <m2lm/backends/cpu/kernels/training.inc.hpp>
 }  // namespace m2lm::detail::cpu_avx2
-namespace m2lm::detail::cpu_avx2::shorts {
+namespace m2lm::inline M2LM_ABI::detail::cpu_avx2::shorts {
 #include <m2lm/backends/cpu/kernels/bytes_avx2.inc.hpp>
 #include <m2lm/backends/cpu/kernels/dot_of_shorts.inc.hpp>
 #include <m2lm/backends/cpu/kernels/blocks.inc.hpp>
@@ -45,7 +45,7 @@ namespace m2lm::detail::cpu_avx2::shorts {
 M2LM_REGION_END
 
 M2LM_REGION_BEGIN("avx2,fma,f16c,avxvnni")
-namespace m2lm::detail::cpu_avx2::vnni {
+namespace m2lm::inline M2LM_ABI::detail::cpu_avx2::vnni {
 #include <m2lm/backends/cpu/kernels/bytes_avx2.inc.hpp>
 inline Ints dot_four(Ints sum, Ints w, const std::int8_t* x) {
   std::int32_t four;
@@ -58,13 +58,13 @@ inline Ints dot_four(Ints sum, Ints w, const std::int8_t* x) {
 M2LM_REGION_END
 
 M2LM_REGION_BEGIN("avx2,fma,f16c,avx512f,avx512bw,avx512dq,avx512vl")
-namespace m2lm::detail::cpu_avx512 {
+namespace m2lm::inline M2LM_ABI::detail::cpu_avx512 {
 #include <m2lm/backends/cpu/kernels/simd_avx512.inc.hpp>
 #include <m2lm/backends/cpu/kernels/kernels.inc.hpp>
 #include <m2lm/backends/cpu/kernels/attention.inc.hpp>
 #include <m2lm/backends/cpu/kernels/training.inc.hpp>
 }  // namespace m2lm::detail::cpu_avx512
-namespace m2lm::detail::cpu_avx512::shorts {
+namespace m2lm::inline M2LM_ABI::detail::cpu_avx512::shorts {
 #include <m2lm/backends/cpu/kernels/bytes_avx512.inc.hpp>
 #include <m2lm/backends/cpu/kernels/dot_of_shorts.inc.hpp>
 #include <m2lm/backends/cpu/kernels/blocks.inc.hpp>
@@ -73,7 +73,7 @@ M2LM_REGION_END
 
 // Serves level avx512_bf16 too.
 M2LM_REGION_BEGIN("avx2,fma,f16c,avx512f,avx512bw,avx512dq,avx512vl,avx512vnni")
-namespace m2lm::detail::cpu_avx512::vnni {
+namespace m2lm::inline M2LM_ABI::detail::cpu_avx512::vnni {
 #include <m2lm/backends/cpu/kernels/bytes_avx512.inc.hpp>
 inline Ints dot_four(Ints sum, Ints w, const std::int8_t* x) {
   struct [[gnu::may_alias, gnu::packed]] Four {
@@ -91,7 +91,7 @@ M2LM_REGION_END
 #undef M2LM_CPU_NATIVE_BF16
 #define M2LM_CPU_NATIVE_BF16 1
 M2LM_REGION_BEGIN("avx2,fma,f16c,avx512f,avx512bw,avx512dq,avx512vl,avx512bf16,avx512vnni")
-namespace m2lm::detail::cpu_avx512_bf16 {
+namespace m2lm::inline M2LM_ABI::detail::cpu_avx512_bf16 {
 #include <m2lm/backends/cpu/kernels/simd_avx512.inc.hpp>
 #include <m2lm/backends/cpu/kernels/simd_avx512_bf16.inc.hpp>
 #include <m2lm/backends/cpu/kernels/kernels.inc.hpp>
@@ -101,7 +101,7 @@ namespace m2lm::detail::cpu_avx512_bf16 {
 M2LM_REGION_END
 
 M2LM_REGION_BEGIN("avx2,fma,f16c,avx512f,avx512bw,avx512dq,avx512vl,avx512bf16,avx512vnni,amx-tile,amx-bf16,amx-int8")
-namespace m2lm::detail::cpu_avx512_bf16::amx {
+namespace m2lm::inline M2LM_ABI::detail::cpu_avx512_bf16::amx {
 #include <m2lm/backends/cpu/kernels/tiles_amx.inc.hpp>
 #include <m2lm/backends/cpu/kernels/gemm_amx.inc.hpp>
 #include <m2lm/backends/cpu/kernels/blocks_amx.inc.hpp>
@@ -112,7 +112,7 @@ M2LM_REGION_END
 
 #undef M2LM_CPU_NATIVE_BF16
 
-namespace m2lm {
+namespace m2lm::inline M2LM_ABI {
 
 namespace detail {
 

@@ -8,7 +8,7 @@
 #include <algorithm>
 #include <cmath>
 
-namespace m2lm::detail {
+namespace m2lm::inline M2LM_ABI::detail {
 
 namespace training {
 

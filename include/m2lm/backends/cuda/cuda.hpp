@@ -22,7 +22,7 @@
 #include <type_traits>
 #include <vector>
 
-namespace m2lm {
+namespace m2lm::inline M2LM_ABI {
 
 /// What a BasicCuda is made with.
 struct CudaOptions {

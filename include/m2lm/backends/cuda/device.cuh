@@ -42,7 +42,7 @@
 #define M2LM_DEVICE __device__ __forceinline__
 #define M2LM_SHARED __shared__
 
-namespace m2lm::cuda {
+namespace m2lm::inline M2LM_ABI::cuda {
 
 /// Enqueues kernel(arguments…) on the device's stream. throws DeviceError naming the kernel, its shape and what CUDA said.
 template <class... Parameter>
@@ -263,7 +263,7 @@ M2LM_DEVICE void load_matrix_x4_transposed(std::uint32_t (&r)[4], const void* ro
 
 // ---- on both sides, over what is above ---------------------------------------------------------------------------------------
 
-namespace m2lm::cuda {
+namespace m2lm::inline M2LM_ABI::cuda {
 
 inline constexpr unsigned warp_size = 32;
 

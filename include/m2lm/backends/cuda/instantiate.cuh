@@ -8,7 +8,7 @@
 #include <memory>
 #include <span>
 
-namespace m2lm::cuda {
+namespace m2lm::inline M2LM_ABI::cuda {
 
 /// `template struct KernelsOf<E>;`, where kernels/*.cuh are included, defines all that a model on BasicCuda<E> may call, used in this
 /// file or not: their addresses are taken.

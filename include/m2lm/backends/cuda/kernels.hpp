@@ -14,7 +14,7 @@
 #include <cstdint>
 #include <span>
 
-namespace m2lm::cuda {
+namespace m2lm::inline M2LM_ABI::cuda {
 
 /// Where the first row of a sequence stands. A step that is replayed reads it from device memory.
 struct Position {

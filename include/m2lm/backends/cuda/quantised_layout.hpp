@@ -11,7 +11,7 @@
 #include <cstring>
 #include <span>
 
-namespace m2lm::cuda {
+namespace m2lm::inline M2LM_ABI::cuda {
 
 /// A quantised matrix [rows, cols] in tiles of 16 rows × 64 columns, zero-padded to whole tiles. The tiles of 16 rows lie behind each
 /// other: their values, tile after tile, then their scales. So a matrix can be made and read 16 rows at a time.

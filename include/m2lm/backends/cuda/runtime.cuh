@@ -25,7 +25,7 @@
 // or not.
 #define M2LM_CUDA_DEFINITION [[gnu::used]] inline
 
-namespace m2lm::cuda {
+namespace m2lm::inline M2LM_ABI::cuda {
 
 namespace detail {
 

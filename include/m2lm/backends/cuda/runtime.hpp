@@ -15,7 +15,7 @@
 #include <string>
 #include <string_view>
 
-namespace m2lm::cuda {
+namespace m2lm::inline M2LM_ABI::cuda {
 
 /// What a device is and can hold.
 struct DeviceProperties {

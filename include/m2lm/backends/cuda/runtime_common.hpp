@@ -14,7 +14,7 @@
 #include <utility>
 #include <vector>
 
-namespace m2lm::cuda::detail {
+namespace m2lm::inline M2LM_ABI::cuda::detail {
 
 // ---- sentences --------------------------------------------------------------------------------------------------------------
 

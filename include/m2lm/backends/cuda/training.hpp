@@ -10,7 +10,7 @@
 #include <cstdint>
 #include <span>
 
-namespace m2lm {
+namespace m2lm::inline M2LM_ABI {
 
 namespace detail {
 

@@ -14,7 +14,7 @@
 #include <cstring>
 #include <type_traits>
 
-namespace m2lm::cuda {
+namespace m2lm::inline M2LM_ABI::cuda {
 
 namespace detail {
 

@@ -16,7 +16,7 @@
 #include <utility>
 #include <vector>
 
-namespace m2lm {
+namespace m2lm::inline M2LM_ABI {
 
 /// The oracle backend. It carries its scalar and ignores storage dtypes: weights, activations and caches are T.
 template <class T>

@@ -16,7 +16,7 @@
 #include <utility>
 #include <vector>
 
-namespace m2lm {
+namespace m2lm::inline M2LM_ABI {
 
 /// Sizes and constants of config.json.
 struct LlamaConfig {

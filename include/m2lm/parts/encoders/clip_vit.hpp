@@ -12,7 +12,7 @@
 #include <algorithm>
 #include <vector>
 
-namespace m2lm {
+namespace m2lm::inline M2LM_ABI {
 
 /// What the encoder hands on. `from_checkpoint`: what config.json says (vision_feature_select_strategy), else `patches`.
 enum class VitFeatures : std::uint8_t {

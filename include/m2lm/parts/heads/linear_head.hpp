@@ -4,7 +4,7 @@
 
 #include <m2lm/layers/linear.hpp>
 
-namespace m2lm {
+namespace m2lm::inline M2LM_ABI {
 
 /// Spec. Key: lm_head.weight, absent when the embedding table is tied.
 struct LinearHead {

@@ -10,7 +10,7 @@
 #include <string>
 #include <vector>
 
-namespace m2lm {
+namespace m2lm::inline M2LM_ABI {
 
 /// Widths on both sides, and the activation between the layers.
 struct ProjectorConfig {

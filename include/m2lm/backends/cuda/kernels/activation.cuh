@@ -5,7 +5,7 @@
 #include <m2lm/backends/cuda/device.cuh>
 #include <m2lm/ops/activation.hpp>
 
-namespace m2lm::cuda {
+namespace m2lm::inline M2LM_ABI::cuda {
 
 /// act(x), with the library's exp, erf and tanh (2 ulp): beside the products that come before it, it costs nothing.
 M2LM_DEVICE float apply_activation(Activation activation, float x) {

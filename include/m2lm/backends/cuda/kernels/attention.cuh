@@ -9,7 +9,7 @@
 
 #include <algorithm>
 
-namespace m2lm::cuda {
+namespace m2lm::inline M2LM_ABI::cuda {
 
 namespace detail {
 

@@ -5,7 +5,7 @@
 
 #include <m2lm/backends/cuda/device.cuh>
 
-namespace m2lm::cuda {
+namespace m2lm::inline M2LM_ABI::cuda {
 
 /// More than there are; added to a position it still fits in 32 bits.
 inline constexpr int all_keys = 1 << 29;

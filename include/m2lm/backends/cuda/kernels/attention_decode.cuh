@@ -6,7 +6,7 @@
 #include <m2lm/backends/cuda/kernels/attention_common.cuh>
 #include <m2lm/backends/cuda/kernels/attention_plan.cuh>
 
-namespace m2lm::cuda {
+namespace m2lm::inline M2LM_ABI::cuda {
 
 /// Blocks: [tiles of Rows rows] × [key/value heads] × [splits]. Shared memory: a tile of keys, a tile of values, q, probabilities.
 ///

@@ -9,7 +9,7 @@
 #include <cstddef>
 #include <cstdint>
 
-namespace m2lm::cuda {
+namespace m2lm::inline M2LM_ABI::cuda {
 
 /// The kernel on FMA units (attention_decode.cuh): few rows share a pass over the keys; a thread scores one key of a tile. A row is a
 /// query of one head; the rows of a block belong to the heads of one group.

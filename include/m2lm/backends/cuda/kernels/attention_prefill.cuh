@@ -6,7 +6,7 @@
 #include <m2lm/backends/cuda/kernels/attention_common.cuh>
 #include <m2lm/backends/cuda/kernels/attention_plan.cuh>
 
-namespace m2lm::cuda {
+namespace m2lm::inline M2LM_ABI::cuda {
 
 /// Blocks: [tiles of rows] × [key/value heads] × [splits]. Shared memory: rows of q; per stage a tile of keys and a tile of values.
 ///

@@ -8,7 +8,7 @@
 #include <cstddef>
 #include <cstdint>
 
-namespace m2lm::cuda {
+namespace m2lm::inline M2LM_ABI::cuda {
 
 /// The epilogue of y = act(x·wᵀ + bias) (· second half) + residual, for y of E, or of float where `wide`.
 template <class E>

@@ -4,7 +4,7 @@
 
 #include <m2lm/backends/cuda/kernels/epilogue.cuh>
 
-namespace m2lm::cuda {
+namespace m2lm::inline M2LM_ABI::cuda {
 
 /// How gemv is launched. Its time is that of reading the weights, so what counts is how many bytes are on their way at once: about
 /// bandwidth × latency, on an H200 4.3 TB/s × 0.7 µs = 23 KB per multiprocessor. A warp has 2 rows × 4 pieces × 512 B = 4 KB.

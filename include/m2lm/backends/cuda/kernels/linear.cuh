@@ -11,7 +11,7 @@
 #include <utility>
 #include <vector>
 
-namespace m2lm::cuda {
+namespace m2lm::inline M2LM_ABI::cuda {
 
 template <class E>
 bool has_format(DType format) {

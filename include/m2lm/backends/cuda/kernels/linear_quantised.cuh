@@ -5,7 +5,7 @@
 #include <m2lm/backends/cuda/kernels/epilogue.cuh>
 #include <m2lm/backends/cuda/quantised_layout.hpp>
 
-namespace m2lm::cuda {
+namespace m2lm::inline M2LM_ABI::cuda {
 
 // How exact this is. The integers q of a block are exact in f16 and bf16, x is as it is, products and sums are f32, and the sum of a block
 // is multiplied by its scale in f32. So nothing is rounded that would not be in a product with the dequantised weights in f32: neither is x

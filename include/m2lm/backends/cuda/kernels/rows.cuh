@@ -11,7 +11,7 @@
 #include <cstddef>
 #include <cstdint>
 
-namespace m2lm::cuda {
+namespace m2lm::inline M2LM_ABI::cuda {
 
 // ---- policies and selectors ---------------------------------------------------------------------------------------------------
 
