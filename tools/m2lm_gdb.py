@@ -5,6 +5,7 @@
 m2lm::Tensor [2, 3] f32 {0, 0.5, 1, 1.5, 2, 2.5}
 """
 
+import re
 import struct
 
 import gdb
@@ -20,8 +21,13 @@ DTYPE_OF_TYPE = {"double": "f64", "float": "f32", "m2lm::Half": "f16", "m2lm::Bf
 DTYPE_OF_ENUMERATOR = {"boolean": "bool"}
 
 
+def name_of(element):
+    """A type's name as programs write it: without qualifiers, and without the inline namespace of the version, m2lm::v0_1."""
+    return re.sub(r"\bm2lm::v\d+_\d+::", "m2lm::", str(element.unqualified().strip_typedefs()))
+
+
 def dtype_of(element):
-    name = str(element.unqualified().strip_typedefs())
+    name = name_of(element)
     return DTYPE_OF_TYPE.get(name, name)
 
 
@@ -103,7 +109,7 @@ class TensorPrinter:
     def to_string(self):
         element = self.value.type.strip_typedefs().template_argument(0)
         extents = ShapePrinter(self.value["shape_"]).extents()
-        if str(element).startswith("m2lm::OnDevice"):
+        if name_of(element).startswith("m2lm::OnDevice"):
             return f"m2lm::Tensor {extents} {dtype_of(element.template_argument(0))} in a device's memory"
         pointer = pointer_to_bytes(self.value["bytes_"])
         dtype = dtype_of(element)
@@ -118,7 +124,7 @@ class ViewPrinter:
         element = self.value.type.strip_typedefs().template_argument(0)
         extents, strides = elements_of_array(self.value["extent_"]), elements_of_array(self.value["stride_"])
         strided = "" if strides == row_major(extents) else f" strides {strides}"
-        if str(element.unqualified()).startswith("m2lm::OnDevice"):
+        if name_of(element).startswith("m2lm::OnDevice"):
             return f"m2lm::View {extents}{strided} {dtype_of(element.unqualified().template_argument(0))} in a device's memory"
         dtype = dtype_of(element)
         return f"m2lm::View {extents}{strided} {dtype} {values(dtype, extents, strides, int(self.value['data_']))}"
@@ -144,10 +150,11 @@ class ScalarPrinter:
         return text(number(dtype, struct.pack("<H", int(self.value["bits"]))))
 
 
+NAMESPACE = r"^m2lm::(?:v\d+_\d+::)?"  # objects of any version
 printers = gdb.printing.RegexpCollectionPrettyPrinter("m2lm")
-printers.add_printer("Shape", "^m2lm::Shape$", ShapePrinter)
-printers.add_printer("Tensor", "^m2lm::Tensor<.*>$", TensorPrinter)
-printers.add_printer("View", "^m2lm::View<.*>$", ViewPrinter)
-printers.add_printer("AnyTensor", "^m2lm::AnyTensor$", AnyTensorPrinter)
-printers.add_printer("Scalar", "^m2lm::(Bf16|Half)$", ScalarPrinter)
+printers.add_printer("Shape", NAMESPACE + r"Shape$", ShapePrinter)
+printers.add_printer("Tensor", NAMESPACE + r"Tensor<.*>$", TensorPrinter)
+printers.add_printer("View", NAMESPACE + r"View<.*>$", ViewPrinter)
+printers.add_printer("AnyTensor", NAMESPACE + r"AnyTensor$", AnyTensorPrinter)
+printers.add_printer("Scalar", NAMESPACE + r"(Bf16|Half)$", ScalarPrinter)
 gdb.printing.register_pretty_printer(gdb.current_objfile(), printers, replace=True)

@@ -13,6 +13,7 @@ archive           what cpack packs is a prefix, wherever it is unpacked
 examples          the examples build as a project of their own
 xtensor_layouts   the headers of xtensor where 0.24 has them, and where 0.26 does
 gdb               the installed pretty printer, by gdb in batch mode
+abi               two versions in one program keep apart, and objects that mix them do not link
 """
 
 import argparse
@@ -279,6 +280,47 @@ def check_gdb(package):
         if line != text:
             raise Failure(f"gdb prints of {name}\n  {line}\ninstead of\n  {text}\n{output[-2000:]}")
     print(f"{len(expected)} values printed as they should be")
+
+
+def check_abi(package):
+    """The headers as they are, and as the next minor version would be."""
+    version = (package.source / "include/m2lm/version.hpp").read_text(encoding="utf-8")
+    major, minor = (int(re.search(rf"define M2LM_VERSION_{part} (\d+)", version).group(1)) for part in ("MAJOR", "MINOR"))
+    shutil.copytree(package.source / "include", package.work / "newer")
+    (package.work / "newer/m2lm/version.hpp").write_text(version.replace(f"VERSION_MINOR {minor}", f"VERSION_MINOR {minor + 1}"), encoding="utf-8")
+    include = {"older": package.source / "include", "newer": package.work / "newer"}
+    flags = package.run("pkg-config", "--cflags", "eigen3").split() if shutil.which("pkg-config") else ["-isystem", "/usr/include/eigen3"]
+
+    def compiled(source, side):
+        unit = package.work / f"{pathlib.Path(source).stem}_{side}.o"
+        package.run(package.compiler, "-std=c++20", "-O0", *STRICT, f"-DSIDE={side}", "-I", include[side], *flags, "-c", HERE / "abi" / source, "-o", unit)
+        return unit
+
+    def symbols(unit):
+        defined = package.run("nm", "-C", "--defined-only", "--format=posix", unit)
+        return {name for name in re.findall(r"^(.+) \w [0-9a-f]+ [0-9a-f]*$", defined, re.MULTILINE) if "m2lm" in name}
+
+    sides = {side: compiled("side.cpp", side) for side in include}
+    names = {side: symbols(unit) for side, unit in sides.items()}
+    for side, number in (("older", minor), ("newer", minor + 1)):
+        tag = f"m2lm::v{major}_{number}::"
+        untagged = sorted(name for name in names[side] if "m2lm::" in name.replace(tag, ""))
+        if untagged or len(names[side]) < 100:
+            raise Failure(f"{len(names[side])} symbols of m2lm, and outside {tag} are: " + "\n".join(untagged[:20]))
+    common = sorted(names["older"] & names["newer"])
+    if common:
+        raise Failure("both versions define\n" + "\n".join(common[:20]))
+    program = package.work / "program"
+    package.run(package.compiler, "-std=c++20", *STRICT, HERE / "abi" / "main.cpp", *sides.values(), "-pthread", "-o", program)
+    print(package.run(program).strip())
+
+    # The same function, called with the tensor of its version and with that of another.
+    taker, givers = compiled("taker.cpp", "newer"), {side: compiled("giver.cpp", side) for side in include}
+    package.run(package.compiler, givers["newer"], taker, "-pthread", "-o", package.work / "same")
+    package.run(package.work / "same")
+    package.run(package.compiler, givers["older"], taker, "-pthread", "-o", package.work / "mixed",
+                expect_failure=f"undefined reference to `first_of(m2lm::v{major}_{minor}::Tensor<float> const&)'", env={"LC_ALL": "C"})
+    print(f"{len(names['older'])} and {len(names['newer'])} symbols, none in common; objects of {major}.{minor} and {major}.{minor + 1} do not mix")
 
 
 CHECKS = {name.removeprefix("check_"): check for name, check in list(globals().items()) if name.startswith("check_")}

@@ -28,10 +28,11 @@ def main():
         if result.returncode != 0:
             print(result.stdout[-4000:])
             return 1
-    again = re.findall(r"^\w+ [TWVu] (.*m2lm::(?:Model|BasicSession)<.*>::(?:from_pretrained|generate|answer|prefill|load)\(.*)$",
-                       toolchain.run(["nm", "-C", str(unit)]).stdout, re.MULTILINE)
-    if again:
-        print("compiled again: " + "\n".join(again))
+    members = re.findall(r"^ *\w* ([A-Zu]) (.*m2lm::v\d+_\d+::(?:Model|BasicSession)<.*>::(?:from_pretrained|generate|answer|prefill|load)\(.*)$",
+                         toolchain.run(["nm", "-C", str(unit)]).stdout, re.MULTILINE)
+    again = [name for kind, name in members if kind in "TWVu"]
+    if again or not members:
+        print("compiled again: " + "\n".join(again) if members else "main.o names no member of a model: does the expression still fit what nm prints?")
         return 1
     result = toolchain.run([str(program)])
     print(result.stdout)
