@@ -42,6 +42,7 @@ class Arena {
     std::size_t block_, used_, taken_;
 
    public:
+    /// requires `arena` to outlive the scope; scopes of one arena end in the reverse order of their beginnings.
     explicit Scope(Arena& arena) : arena_(arena), block_(arena.block_), used_(arena.used_), taken_(arena.taken_) {}
     ~Scope() {
       arena_.block_ = block_;
@@ -59,6 +60,7 @@ class Arena {
     static_assert(!HostElement<T> || std::is_trivially_copyable_v<T>, "m2lm::Arena::take: elements are plain values");
     return reinterpret_cast<T*>(take_bytes(static_cast<std::size_t>(count) * sizeof(T)));
   }
+  /// An uninitialised, contiguous matrix [rows, cols].
   template <class T>
   Matrix<T> matrix(std::int64_t rows, std::int64_t cols) {
     return Matrix<T>(take<T>(rows * cols), {rows, cols});

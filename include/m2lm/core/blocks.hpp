@@ -18,6 +18,7 @@ struct Q8Block {
   std::array<std::int8_t, block_values> values{};
   friend constexpr bool operator==(const Q8Block&, const Q8Block&) = default;
 
+  /// The integer of value i, without the scale: -127 to 127. requires 0 <= i < 32.
   constexpr int value(std::int64_t i) const { return values[static_cast<std::size_t>(i)]; }
 };
 
@@ -29,6 +30,7 @@ struct Q4Block {
   std::array<std::uint8_t, block_values / 2> pairs{};
   friend constexpr bool operator==(const Q4Block&, const Q4Block&) = default;
 
+  /// The integer of value i, without the scale: -8 to 7. requires 0 <= i < 32.
   constexpr int value(std::int64_t i) const {
     const unsigned pair = pairs[static_cast<std::size_t>(i % 16)];
     return static_cast<int>(i < 16 ? pair & 15U : pair >> 4U) - 8;
@@ -41,6 +43,7 @@ struct Q4Group {
   Half scale;
   std::array<std::uint8_t, group_values / 2> pairs{};
 
+  /// The integer of value i, without the scale: -8 to 7. requires 0 <= i < 128.
   constexpr int value(std::int64_t i) const {
     const unsigned pair = pairs[static_cast<std::size_t>(i / 32 * 16 + i % 16)];
     return static_cast<int>(i % 32 < 16 ? pair & 15U : pair >> 4U) - 8;

@@ -16,7 +16,9 @@ struct Dual {
   T tangent{};
 
   constexpr Dual() = default;
+  /// A constant: its tangent is 0.
   constexpr Dual(T v) : value(v) {}  // NOLINT: a constant is a dual number whose tangent is 0
+  /// A value and its derivative.
   constexpr Dual(T v, T t) : value(v), tangent(t) {}
 
   friend constexpr Dual operator+(Dual a) { return a; }

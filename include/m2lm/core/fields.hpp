@@ -26,7 +26,9 @@ struct Parameter {
   std::shared_ptr<const LowRankUpdate> update;  ///< null, except of a matrix with an adapter beside it
 
   Parameter() = default;
+  /// Without a value: a checkpoint's tensor of this shape is expected.
   explicit Parameter(Shape expected) : shape(expected) {}
+  /// Whether a value was loaded or set.
   bool present() const { return value.has_value(); }
 };
 

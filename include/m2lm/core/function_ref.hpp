@@ -22,6 +22,7 @@ class FunctionRef<R(A...)> {
  public:
   constexpr FunctionRef() = default;
 
+  /// Refers to a callable, which must outlive every call; a lambda written into a call does.
   template <class F>
     requires(!std::is_same_v<std::remove_cvref_t<F>, FunctionRef> && !std::is_function_v<std::remove_reference_t<F>> && std::is_invocable_r_v<R, F&, A...>)
   constexpr FunctionRef(F&& f)  // NOLINT: implicit on purpose, so that a lambda can be passed
@@ -30,6 +31,7 @@ class FunctionRef<R(A...)> {
           return (*static_cast<std::remove_reference_t<F>*>(object))(std::forward<A>(arguments)...);
         }) {}
 
+  /// Refers to a function.
   template <class F>
     requires(std::is_function_v<F> && std::is_invocable_r_v<R, F&, A...>)
   FunctionRef(F& f)  // NOLINT: implicit on purpose
@@ -37,7 +39,9 @@ class FunctionRef<R(A...)> {
           return reinterpret_cast<F*>(object)(std::forward<A>(arguments)...);
         }) {}
 
+  /// False of a default-constructed one, which must not be called.
   explicit constexpr operator bool() const { return call_ != nullptr; }
+  /// Calls what it refers to. throws what that throws.
   constexpr R operator()(A... arguments) const { return call_(object_, std::forward<A>(arguments)...); }
 };
 

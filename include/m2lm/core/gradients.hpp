@@ -19,6 +19,7 @@ namespace m2lm::inline M2LM_ABI {
 template <class S>
 class Gradients {
  public:
+  /// A trained parameter: its full name, its address and its gradient.
   struct Entry {
     std::string name;
     const Parameter* parameter = nullptr;
@@ -57,6 +58,7 @@ class Gradients {
     const auto at = by_address_.find(&parameter);
     return at != by_address_.end() ? &entries_[at->second].value : nullptr;
   }
+  /// Whether the parameter was added.
   bool trains(const Parameter& parameter) const { return by_address_.count(&parameter) != 0; }
   /// Whether any parameter below `root` is trained.
   template <ParameterStruct P>
@@ -66,8 +68,11 @@ class Gradients {
     return any;
   }
 
+  /// In the order in which they were added: that of the walk over `fields`.
   std::vector<Entry>& entries() { return entries_; }
+  /// The same, read-only.
   const std::vector<Entry>& entries() const { return entries_; }
+  /// True while nothing is trained.
   bool empty() const { return entries_.empty(); }
 
   /// Sets all to zero.

@@ -21,6 +21,7 @@ class MemoryResource {
   virtual void* allocate(std::size_t bytes) = 0;
   /// The same, zero.
   virtual void* allocate_zeroed(std::size_t bytes) = 0;
+  /// Gives back what allocate or allocate_zeroed returned; null does nothing.
   virtual void release(void* p) noexcept = 0;
   /// Sets bytes to zero, in order with what the backend computes.
   virtual void zero(void* p, std::size_t bytes) = 0;
@@ -35,6 +36,7 @@ class OnDevice {
   T value_;
 
  public:
+  /// The element without its place.
   using Value = T;
   OnDevice() = default;
   OnDevice(const OnDevice&) = delete;

@@ -21,6 +21,7 @@ struct PackedMatrix {
   std::shared_ptr<const std::byte> data;
   std::size_t bytes = 0;
 
+  /// True of one that was not packed.
   bool empty() const { return data == nullptr; }
 };
 

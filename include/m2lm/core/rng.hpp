@@ -17,12 +17,15 @@ class Rng {
 
  public:
   constexpr Rng() = default;
+  /// Equal seeds give equal numbers, on every machine.
   constexpr explicit Rng(std::uint64_t seed) : seed_(seed) {}
 
+  /// What it was made with.
   constexpr std::uint64_t seed() const { return seed_; }
   /// How many numbers were drawn.
   constexpr std::uint64_t counter() const { return counter_; }
 
+  /// The generator itself: counter `c` under `key` after ten rounds.
   static constexpr std::array<std::uint32_t, 4> block(std::array<std::uint32_t, 4> c, std::array<std::uint32_t, 2> key) {
     for (int round = 0; round < 10; ++round) {
       const std::uint64_t p0 = std::uint64_t{0xD2511F53U} * c[0];

@@ -69,25 +69,34 @@ class Tensor {
 
  public:
   Tensor() = default;
+  /// Zero-initialised, in the memory of the host.
   explicit Tensor(Shape shape)
     requires HostElement<T>
       : shape_(shape), bytes_(detail::aligned_bytes(static_cast<std::size_t>(shape.elements()) * sizeof(T))) {
     std::uninitialized_value_construct_n(data(), static_cast<std::size_t>(shape.elements()));
   }
+  /// Zero-initialised, in the memory of a device, which must outlive the tensor. throws CapacityError.
   Tensor(Shape shape, MemoryResource& memory)
     requires(!HostElement<T>)
       : shape_(shape), bytes_(static_cast<std::byte*>(memory.allocate_zeroed(static_cast<std::size_t>(shape.elements()) * sizeof(T))), {&memory}) {}
 
+  /// Rank 0 before anything is in it.
   const Shape& shape() const { return shape_; }
+  /// 0 of a default-constructed or moved-from tensor.
   std::int64_t elements() const { return bytes_ ? shape_.elements() : 0; }
+  /// True without elements.
   bool empty() const { return elements() == 0; }
+  /// The first element; rows follow each other without gaps.
   T* data() { return reinterpret_cast<T*>(bytes_.get()); }
+  /// The same, read-only.
   const T* data() const { return reinterpret_cast<const T*>(bytes_.get()); }
+  /// All elements, in row-major order.
   std::span<T> span()
     requires HostElement<T>
   {
     return {data(), static_cast<std::size_t>(elements())};
   }
+  /// The same, read-only.
   std::span<const T> span() const
     requires HostElement<T>
   {
@@ -99,11 +108,13 @@ class Tensor {
   View<T, Rank> view() {
     return View<T, Rank>(data(), extents<Rank>());
   }
+  /// The same, read-only.
   template <int Rank>
   View<const T, Rank> view() const {
     return View<const T, Rank>(data(), extents<Rank>());
   }
 
+  /// A copy in memory of its own.
   Tensor clone() const
     requires HostElement<T>
   {
@@ -144,6 +155,7 @@ class AnyTensor {
 
  public:
   AnyTensor() = default;
+  /// Bytes that `owner` keeps alive. requires dtype_bytes(dtype, shape.elements()) of them at `data`.
   AnyTensor(DType dtype, Shape shape, const std::byte* data, std::shared_ptr<const void> owner)
       : dtype_(dtype), shape_(shape), data_(data), owner_(std::move(owner)) {}
   /// Takes a tensor over. A scalar that has no DType (a dual number) is stored as it is: dtype `native`.
@@ -156,11 +168,17 @@ class AnyTensor {
     if constexpr (dtype_of<T> == DType::native) native_ = &detail::native_type<T>;
   }
 
+  /// `native` of a scalar that no file has.
   DType dtype() const { return dtype_; }
+  /// In elements, of q8 and q4 too.
   const Shape& shape() const { return shape_; }
+  /// Null without a value. May be unaligned for its dtype, as tensors in files are.
   const std::byte* data() const { return data_; }
+  /// False of a default-constructed one.
   bool has_value() const { return data_ != nullptr; }
+  /// Size of the data.
   std::size_t bytes() const { return native_ ? static_cast<std::size_t>(shape_.elements()) * native_->size : dtype_bytes(dtype_, shape_.elements()); }
+  /// Keeps the data alive.
   const std::shared_ptr<const void>& owner() const { return owner_; }
 
   /// Rows [begin, end) of the first dimension; shares the bytes. throws ShapeError for rows that are not there.
@@ -236,6 +254,7 @@ class AnyTensor {
     for (std::int64_t i = 0; i < count; ++i) out[i] = static_cast<T>(at(begin + i));
   }
 
+  /// A copy as T, whatever the dtype: rounded where T is narrower, blocks times their scale.
   template <class T>
   Tensor<T> to() const {
     Tensor<T> out(shape_);

@@ -36,6 +36,7 @@ class ThreadPool {
   ThreadPool(const ThreadPool&) = delete;
   ThreadPool& operator=(const ThreadPool&) = delete;
 
+  /// Threads that share the work, the caller among them.
   int size() const { return size_; }
   /// Calls work(part) for part = 0 … size() - 1 and returns when all are done. `work` must not throw and must not call `run`.
   void run(FunctionRef<void(int)> work);

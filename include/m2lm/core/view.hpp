@@ -24,20 +24,27 @@ class Shape {
 
  public:
   constexpr Shape() = default;
+  /// From a list, Shape{2, 3}. throws ShapeError for more than six extents.
   constexpr Shape(std::initializer_list<std::int64_t> extents) : Shape(std::span(extents.begin(), extents.size())) {}
+  /// throws ShapeError for more than six extents.
   constexpr explicit Shape(std::span<const std::int64_t> extents) : rank_(static_cast<int>(extents.size())) {
     if (extents.size() > static_cast<std::size_t>(max_rank)) throw ShapeError("m2lm: a tensor has at most 6 dimensions");
     for (std::size_t i = 0; i < extents.size(); ++i) extent_[i] = extents[i];
   }
 
+  /// Number of dimensions.
   constexpr int rank() const { return rank_; }
+  /// Extent of dimension i. requires 0 <= i < 6; 0 from rank() on.
   constexpr std::int64_t operator[](int i) const { return extent_[static_cast<std::size_t>(i)]; }
+  /// One for each dimension, the slowest first.
   constexpr std::span<const std::int64_t> extents() const { return {extent_.data(), static_cast<std::size_t>(rank_)}; }
+  /// Product of the extents; 1 of a scalar.
   constexpr std::int64_t elements() const {
     std::int64_t n = 1;
     for (int i = 0; i < rank_; ++i) n *= (*this)[i];
     return n;
   }
+  /// "[2, 3]", as messages have it.
   std::string string() const { return shape_string(extents()); }
   friend constexpr bool operator==(const Shape&, const Shape&) = default;
 };
@@ -61,6 +68,7 @@ class View {
       stride *= extents[static_cast<std::size_t>(i)];
     }
   }
+  /// With strides in elements. requires what they reach to lie in memory.
   constexpr View(T* data, std::array<std::int64_t, Rank> extents, std::array<std::int64_t, Rank> strides)
       : data_(data), extent_(extents), stride_(strides) {}
   /// A view of non-const elements is a view of const ones.
@@ -69,17 +77,25 @@ class View {
   constexpr View(const View<U, Rank>& other)  // NOLINT: implicit like T* to const T*
       : data_(other.data()), extent_(other.extents()), stride_(other.strides()) {}
 
+  /// The first element; null of a default-constructed view.
   constexpr T* data() const { return data_; }
+  /// Of dimension i. requires 0 <= i < Rank.
   constexpr std::int64_t extent(int i) const { return extent_[static_cast<std::size_t>(i)]; }
+  /// Elements from one index of dimension i to the next.
   constexpr std::int64_t stride(int i) const { return stride_[static_cast<std::size_t>(i)]; }
+  /// Of all dimensions, the slowest first.
   constexpr const std::array<std::int64_t, Rank>& extents() const { return extent_; }
+  /// Of all dimensions, in elements.
   constexpr const std::array<std::int64_t, Rank>& strides() const { return stride_; }
+  /// The extents as a Shape.
   constexpr Shape shape() const { return Shape(std::span<const std::int64_t>(extent_)); }
+  /// Product of the extents.
   constexpr std::int64_t elements() const {
     std::int64_t n = 1;
     for (std::int64_t e : extent_) n *= e;
     return n;
   }
+  /// Whether the elements lie behind each other in row-major order.
   constexpr bool contiguous() const {
     std::int64_t stride = 1;
     for (int i = Rank - 1; i >= 0; --i) {
@@ -89,6 +105,7 @@ class View {
     return true;
   }
 
+  /// The element at one index per dimension, unchecked. requires 0 <= index < extent.
   template <class... Index>
     requires(sizeof...(Index) == Rank)
   constexpr T& operator()(Index... index) const {
@@ -112,6 +129,7 @@ class View {
     extents[Rank - 1] = end - begin;
     return View(data_ + begin * stride_[Rank - 1], extents, stride_);
   }
+  /// Where row i of the first dimension begins, unchecked.
   constexpr T* row(std::int64_t i) const { return data_ + i * stride_[0]; }
 };
 

@@ -19,10 +19,10 @@ namespace m2lm::inline M2LM_ABI {
 
 /// Limits of the files of a directory.
 struct CheckpointLimits {
-  JsonLimits json = {};
-  SafetensorsLimits safetensors = {};
-  PytorchLimits pytorch = {};
-  GgufLimits gguf = {};
+  JsonLimits json = {};                ///< of config.json, the index and the tokenizer's files
+  SafetensorsLimits safetensors = {};  ///< of each *.safetensors
+  PytorchLimits pytorch = {};          ///< of each pytorch_model*.bin
+  GgufLimits gguf = {};                ///< of a *.gguf
 };
 
 /// All tensors of a directory: `model.safetensors`, or the shards that `model.safetensors.index.json` names, or the same with
@@ -45,6 +45,7 @@ class Checkpoint {
   /// These tensors and those of `other` whose names are not among them.
   Checkpoint joined(const Checkpoint& other) const;
 
+  /// As given to `open`, or the name given to `of_tensors`.
   const std::string& directory() const;
   /// In the order of the files and, in each, of their data.
   std::vector<std::string> names() const;
@@ -55,6 +56,7 @@ class Checkpoint {
   std::string_view file_of(std::string_view name) const;
   /// The files that the tensors lie in; none where they were made.
   std::span<const MappedFile> files() const;
+  /// False of tensors that were made.
   bool has_files() const { return state_ != nullptr && !files().empty(); }
   /// Sum of the sizes of all files.
   std::size_t total_bytes() const;

@@ -39,12 +39,19 @@ class ConfigValue {
   /// `name` stands for the file in messages.
   static ConfigValue parse_text(std::string_view text, std::string_view name, const JsonLimits& limits = {});
 
+  /// True of a value of no file too.
   bool is_null() const;
+  /// Whether `keys` and [key] may be asked.
   bool is_object() const;
+  /// Whether `size` and `at` may be asked.
   bool is_array() const;
+  /// Whether as<std::string>() gives a text.
   bool is_string() const;
+  /// Whether it is true or false.
   bool is_bool() const;
+  /// An integer or a number with a fraction.
   bool is_number() const;
+  /// A number written without fraction and exponent.
   bool is_integer() const;
   /// "null", "object", "array", "string", "bool", "integer" or "number".
   std::string_view type_name() const;
@@ -67,6 +74,7 @@ class ConfigValue {
 
   /// Elements of an array. throws CheckpointError when this is none.
   std::size_t size() const;
+  /// Element i of an array. throws CheckpointError when this is none, or has no such element.
   ConfigValue at(std::size_t i) const;
 
   /// This value as T: bool, an integer type, float, double or std::string.
@@ -97,6 +105,7 @@ class ConfigValue {
     if (!is_object() && !is_null()) wrong_type("an object");
     return has_value(key) ? get<T>(key) : fallback;
   }
+  /// The same of a text.
   std::string get_or(std::string_view key, const char* fallback) const { return get_or<std::string>(key, fallback); }
   /// The array at `key` as a vector. throws as `get`.
   template <class T>
@@ -136,27 +145,38 @@ class JsonWriter {
   bool comma_ = false;
 
  public:
+  /// Members follow: `key`, then its value.
   JsonWriter& begin_object() { return open('{'); }
+  /// Closes the innermost object.
   JsonWriter& end_object() { return close('}'); }
+  /// Elements follow.
   JsonWriter& begin_array() { return open('['); }
+  /// Closes the innermost array.
   JsonWriter& end_array() { return close(']'); }
+  /// The name of the value that comes next.
   JsonWriter& key(std::string_view name);
+  /// A string, quoted as json_quote does.
   JsonWriter& value(std::string_view text);
+  /// The same.
   JsonWriter& value(const char* text) { return value(std::string_view(text)); }
+  /// true or false.
   JsonWriter& value(bool b);
   /// The shortest digits that read back as the same number; null when it is not finite.
   JsonWriter& value(double number);
+  /// An integer, in full.
   template <class T>
     requires(std::is_integral_v<T> && !std::is_same_v<T, bool>)
   JsonWriter& value(T number) {
     return raw(std::to_string(number));
   }
+  /// The value null.
   JsonWriter& null() { return raw("null"); }
   /// key(name).value(v).
   template <class T>
   JsonWriter& member(std::string_view name, const T& v) {
     return key(name).value(v);
   }
+  /// What was built so far.
   const std::string& text() const { return text_; }
 
  private:

@@ -42,6 +42,7 @@ class FileWriter {
 
   /// throws CapacityError when the disk is full, InputError on any other failure.
   void write(std::span<const std::byte> bytes);
+  /// The bytes of a text. throws as the other.
   void write(std::string_view text) { write(std::as_bytes(std::span(text.data(), text.size()))); }
   /// Flushes the bytes to the disk, gives the file its name, and flushes the directory: after a crash the old file or the whole new one
   /// is there. throws as `write`; only when flushing the directory fails is the new file there all the same.
@@ -72,8 +73,11 @@ class MappedFile {
   /// the first call installs a SIGBUS handler for the library's own mappings, which passes everything else on to the one before it.
   static MappedFile open(std::string_view path);
 
+  /// The whole file. Valid as long as one owner() lives.
   std::span<const std::byte> bytes() const { return {data_, size_}; }
+  /// Keeps the mapping alive.
   const std::shared_ptr<const void>& owner() const { return owner_; }
+  /// As it was opened.
   const std::string& path() const { return path_; }
   /// throws CheckpointError naming the file when it is shorter than when it was mapped, or a page of it could not be read.
   void require_intact() const;

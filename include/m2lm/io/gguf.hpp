@@ -60,8 +60,8 @@ void dequantise_gguf(GgufType type, const std::byte* blocks, std::span<float> ou
 
 /// What a file may ask for; more is refused before anything is allocated for it.
 struct GgufLimits {
-  std::size_t max_keys = std::size_t{1} << 16;
-  std::size_t max_tensors = std::size_t{1} << 16;
+  std::size_t max_keys = std::size_t{1} << 16;            ///< metadata entries
+  std::size_t max_tensors = std::size_t{1} << 16;         ///< in one file
   std::size_t max_name_bytes = std::size_t{1} << 16;      ///< of a key or a tensor's name; the format's own limit for keys
   std::size_t max_string_bytes = std::size_t{1} << 24;    ///< of a value
   std::size_t max_array_elements = std::size_t{1} << 22;  ///< of all arrays together
@@ -80,13 +80,16 @@ class Gguf {
   /// a contradiction. A type that the library does not know is an error only when that tensor is asked for.
   static Gguf open(std::string_view path, const GgufLimits& limits = {});
 
+  /// As it was opened.
   const std::string& path() const;
+  /// Of the format: 2 or 3.
   std::uint32_t version() const;
   /// An object of all keys as they are written, "llama.block_count": metadata().get<int>("llama.block_count"). An f32 is the shortest
   /// decimal number that stands for it.
   const ConfigValue& metadata() const;
   /// In the order of their data in the file.
   std::span<const std::string> names() const;
+  /// Whether the file has a tensor of that name.
   bool contains(std::string_view name) const;
   /// The extents, the slowest first (the file has them the other way round). throws CheckpointError for an unknown name.
   const Shape& shape(std::string_view name) const;

@@ -15,18 +15,20 @@ namespace m2lm::inline M2LM_ABI {
 
 /// RGB, 8 bits, row-major: pixel (x, y) starts at 3 · (y · width + x).
 struct Image {
-  std::int64_t width = 0, height = 0;
-  std::vector<std::uint8_t> pixels;
+  std::int64_t width = 0;            ///< pixels in a row
+  std::int64_t height = 0;           ///< rows
+  std::vector<std::uint8_t> pixels;  ///< 3 · width · height
 
+  /// True without pixels.
   bool empty() const { return pixels.empty(); }
 };
 
 /// What a decoder may be asked to allocate; larger pictures are refused from their header, before any pixel is read.
 struct ImageLimits {
-  std::int64_t max_width = std::int64_t{1} << 16;
-  std::int64_t max_height = std::int64_t{1} << 16;
-  std::int64_t max_pixels = std::int64_t{1} << 28;
-  std::size_t max_file_bytes = std::size_t{1} << 30;
+  std::int64_t max_width = std::int64_t{1} << 16;     ///< pixels in a row
+  std::int64_t max_height = std::int64_t{1} << 16;    ///< rows
+  std::int64_t max_pixels = std::int64_t{1} << 28;    ///< width times height
+  std::size_t max_file_bytes = std::size_t{1} << 30;  ///< of the encoded picture
 };
 
 /// JPEG, PNG, BMP, GIF (its first frame) or binary PNM, as Pillow's convert("RGB") gives it: grey and palettes are spread, alpha is

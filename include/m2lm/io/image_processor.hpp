@@ -13,14 +13,20 @@ namespace m2lm::inline M2LM_ABI {
 
 /// The steps, in this order: pad to a square, resize, crop the middle, rescale, normalise.
 struct ImageProcessorConfig {
-  bool pad_to_square = false, do_resize = true, do_center_crop = true, do_rescale = true, do_normalize = true;
-  int shortest_edge = 224;                   ///< Resized so that the shorter side has this many pixels …
-  int resize_height = 0, resize_width = 0;  ///< … unless these are given: then to exactly this size.
-  int crop_height = 224, crop_width = 224;
-  double rescale_factor = 1.0 / 255.0;
-  std::array<double, 3> mean{0.48145466, 0.4578275, 0.40821073};
-  std::array<double, 3> std{0.26862954, 0.26130258, 0.27577711};
-  Resample resample = Resample::bicubic;
+  bool pad_to_square = false;                                     ///< with bars of the mean colour
+  bool do_resize = true;                                          ///< to the sizes below
+  bool do_center_crop = true;                                     ///< to crop_height × crop_width
+  bool do_rescale = true;                                         ///< values times rescale_factor
+  bool do_normalize = true;                                       ///< (value - mean) / std, channel by channel
+  int shortest_edge = 224;                                        ///< resized so that the shorter side has this many pixels …
+  int resize_height = 0;                                          ///< … unless this and resize_width are given: then to exactly this size
+  int resize_width = 0;                                           ///< in pixels
+  int crop_height = 224;                                          ///< in pixels
+  int crop_width = 224;                                           ///< in pixels
+  double rescale_factor = 1.0 / 255.0;                            ///< from 0 to 255 to what mean and std are of
+  std::array<double, 3> mean{0.48145466, 0.4578275, 0.40821073};  ///< red, green, blue
+  std::array<double, 3> std{0.26862954, 0.26130258, 0.27577711};  ///< red, green, blue
+  Resample resample = Resample::bicubic;                          ///< how it is resized
 };
 
 /// CLIP's values for square pictures of `image_size` pixels.

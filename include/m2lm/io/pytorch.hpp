@@ -27,9 +27,11 @@ class PytorchFile {
 
   /// In the order of the state dict.
   std::span<const std::string> names() const;
+  /// Whether the file has a tensor of that name.
   bool contains(std::string_view name) const;
   /// The data may be unaligned. throws CheckpointError for an unknown name.
   const AnyTensor& tensor(std::string_view name) const;
+  /// The file as it lies in memory.
   const MappedFile& mapping() const;
 };
 

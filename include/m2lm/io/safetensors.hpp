@@ -24,8 +24,8 @@ struct NamedTensor {
 
 /// What is read of a header. A file beyond a limit is refused with an error that names the limit.
 struct SafetensorsLimits {
-  std::size_t max_header_bytes = 100'000'000;  ///< the format's own limit
-  std::size_t max_tensors = std::size_t{1} << 20;
+  std::size_t max_header_bytes = 100'000'000;         ///< the format's own limit
+  std::size_t max_tensors = std::size_t{1} << 20;     ///< in one file
   std::size_t max_name_bytes = std::size_t{1} << 16;  ///< of a tensor's name
 };
 
@@ -41,9 +41,11 @@ class Safetensors {
   /// contradiction. A dtype that the library does not know is an error only when that tensor is asked for.
   static Safetensors open(std::string_view path, const SafetensorsLimits& limits = {});
 
+  /// As it was opened.
   const std::string& path() const { return mapping().path(); }
   /// In the order of their data in the file.
   std::span<const std::string> names() const;
+  /// Whether the file has a tensor of that name.
   bool contains(std::string_view name) const;
   /// The tensor's shape and a view of the mapped bytes, which stay valid as long as the AnyTensor lives. The data may be
   /// unaligned: read it with AnyTensor's copies. throws CheckpointError for an unknown name (with the nearest one) or dtype.
@@ -54,6 +56,7 @@ class Safetensors {
   const std::map<std::string, std::string>& metadata() const;
   /// Size of the file.
   std::size_t bytes() const { return mapping().bytes().size(); }
+  /// The file as it lies in memory.
   const MappedFile& mapping() const;
 };
 

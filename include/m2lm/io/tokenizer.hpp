@@ -57,11 +57,16 @@ class Tokenizer {
   bool contains(std::int32_t id) const;
   /// throws InputError naming the id and the vocabulary's size.
   const std::string& piece(std::int32_t id) const;
+  /// Whether `decode` leaves the id out: bos, eos, padding, control tokens and what the checkpoint lists as special.
   bool is_special(std::int32_t id) const;
 
+  /// Begins a sequence; nothing when the checkpoint has no such token. So for the other three.
   std::optional<std::int32_t> bos() const;
+  /// Ends an answer.
   std::optional<std::int32_t> eos() const;
+  /// Fills up a batch elsewhere; this library does not pad.
   std::optional<std::int32_t> pad() const;
+  /// Stands for what the vocabulary has no piece for.
   std::optional<std::int32_t> unk() const;
   /// One more than the largest id.
   std::int32_t vocab_size() const;
@@ -77,6 +82,7 @@ class TokenStream {
   std::string text_;   // what the last call returned
 
  public:
+  /// `skip_special` as in Tokenizer::decode. Shares the tokenizer.
   explicit TokenStream(const Tokenizer& tokenizer, bool skip_special = true) : tokenizer_(tokenizer), skip_special_(skip_special) {
     bytes_.reserve(usual_bytes);
     text_.reserve(3 * usual_bytes);

@@ -18,6 +18,7 @@ namespace m2lm::inline M2LM_ABI {
 /// Source: PKWARE's APPNOTE.TXT, sections 4.3 to 4.5.
 class ZipArchive {
  public:
+  /// One file in the archive.
   struct Entry {
     std::string name;
     std::size_t begin = 0, size = 0;  ///< of the data, in the file
@@ -33,11 +34,13 @@ class ZipArchive {
   /// contradiction: not a zip file, truncated, encrypted entries or those of another method, several volumes, equal names, overlaps.
   static ZipArchive open(MappedFile file, Methods methods = Methods::stored);
 
+  /// The archive as it lies in memory.
   const MappedFile& file() const { return state_->file; }
   /// In the order of the central directory.
   std::span<const Entry> entries() const { return state_->entries; }
   /// nullptr when there is no such entry.
   const Entry* find(std::string_view name) const;
+  /// The entry's data as they lie in the file: deflated ones are not unpacked.
   std::span<const std::byte> bytes(const Entry& entry) const { return file().bytes().subspan(entry.begin, entry.size); }
   /// The same of a stored entry, after comparing the checksum. throws CheckpointError when it differs.
   std::span<const std::byte> checked_bytes(const Entry& entry) const;

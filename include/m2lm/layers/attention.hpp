@@ -13,9 +13,13 @@ namespace m2lm::inline M2LM_ABI {
 
 /// Sizes of an attention layer. heads is a multiple of kv_heads.
 struct AttentionConfig {
-  std::int64_t hidden_size = 0, heads = 0, kv_heads = 0, head_dim = 0;
-  std::int64_t window = 0;  ///< sliding window, 0 = none
-  bool qkv_bias = false, output_bias = false;
+  std::int64_t hidden_size = 0;  ///< values per row, in and out
+  std::int64_t heads = 0;        ///< of queries
+  std::int64_t kv_heads = 0;     ///< of keys and values; heads / kv_heads queries share one
+  std::int64_t head_dim = 0;     ///< values per head
+  std::int64_t window = 0;       ///< sliding window, 0 = none
+  bool qkv_bias = false;         ///< q_proj, k_proj and v_proj have a bias
+  bool output_bias = false;      ///< o_proj has a bias
 };
 
 /// What the attention layers share: q, k and v as one product, the output projection, attention over whole sequences, gradients.
@@ -27,6 +31,7 @@ class SelfAttention {
   Linear<B> qkv_;  // q, k and v below each other: one product
 
   SelfAttention() = default;
+  /// Parameters without values: q_proj, k_proj, v_proj and o_proj of the config's shapes.
   explicit SelfAttention(const AttentionConfig& c)
       : config_(c),
         q_proj(c.hidden_size, c.heads * c.head_dim, c.qkv_bias),
@@ -34,9 +39,13 @@ class SelfAttention {
         v_proj(c.hidden_size, c.kv_heads * c.head_dim, c.qkv_bias),
         o_proj(c.heads * c.head_dim, c.hidden_size, c.output_bias) {}
 
+  /// heads · head_dim.
   std::int64_t q_width() const { return config_.heads * config_.head_dim; }
+  /// kv_heads · head_dim.
   std::int64_t kv_width() const { return config_.kv_heads * config_.head_dim; }
+  /// Columns of q, k and v beside each other.
   std::int64_t qkv_width() const { return q_width() + 2 * kv_width(); }
+  /// Factor of the products q·k: 1 / √head_dim.
   double scale() const {
     const auto d = static_cast<double>(config_.head_dim);
     return 1.0 / (M2LM_FAULT(32) ? d : std::sqrt(d));
@@ -46,10 +55,12 @@ class SelfAttention {
   Matrix<T> q_of(Matrix<T> qkv) const {
     return qkv.columns(0, q_width());
   }
+  /// The columns of the keys.
   template <class T>
   Matrix<T> k_of(Matrix<T> qkv) const {
     return qkv.columns(q_width(), q_width() + kv_width());
   }
+  /// The columns of the values.
   template <class T>
   Matrix<T> v_of(Matrix<T> qkv) const {
     return qkv.columns(q_width() + kv_width(), qkv_width());
@@ -100,6 +111,7 @@ class CausalAttention : public SelfAttention<B> {
 
  public:
   CausalAttention() = default;
+  /// Parameters without values.
   explicit CausalAttention(const AttentionConfig& c) : Base(c) {}
 
   template <class V, class Self>
@@ -173,6 +185,7 @@ class FullAttention : public SelfAttention<B> {
 
  public:
   FullAttention() = default;
+  /// Parameters without values.
   explicit FullAttention(const AttentionConfig& c) : Base(c) {}
 
   template <class V, class Self>

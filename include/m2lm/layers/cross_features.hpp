@@ -41,7 +41,9 @@ class CrossFeatures {
  public:
   std::vector<FeatureLevel<S>> levels;
 
+  /// Levels as the encoder gave them.
   explicit CrossFeatures(std::vector<FeatureLevel<S>> pyramid) : levels(std::move(pyramid)) {}
+  /// Keeps what the hook's `derive` returned.
   template <class T>
   void set_derived(T value) {
     derived_ = std::make_shared<const T>(std::move(value));

@@ -20,6 +20,7 @@ class Embedding {
   Parameter weight;
 
   Embedding() = default;
+  /// A table [rows, width] without values.
   Embedding(std::int64_t rows, std::int64_t width) : weight(Shape{rows, width}) {}
 
   template <class V, class Self>

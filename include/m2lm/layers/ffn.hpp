@@ -17,6 +17,7 @@ class GatedMlp {
   Linear<B> gate_proj, up_proj, down_proj;
 
   GatedMlp() = default;
+  /// Parameters without values: gate_proj and up_proj [intermediate, hidden], down_proj [hidden, intermediate].
   GatedMlp(std::int64_t hidden_size, std::int64_t intermediate_size, bool bias, Activation activation)
       : activation_(activation),
         gate_proj(hidden_size, intermediate_size, bias),
@@ -80,6 +81,7 @@ class Mlp {
   Linear<B> fc1, fc2;
 
   Mlp() = default;
+  /// Parameters without values: fc1 [intermediate, hidden], fc2 [hidden, intermediate], both with a bias.
   Mlp(std::int64_t hidden_size, std::int64_t intermediate_size, Activation activation)
       : activation_(activation), fc1(hidden_size, intermediate_size, true), fc2(intermediate_size, hidden_size, true) {}
 

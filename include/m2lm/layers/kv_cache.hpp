@@ -79,9 +79,11 @@ class KvCache {
 
   /// No other cache of the program has the same: its addresses are in recorded steps.
   std::uint64_t number() const { return number_; }
+  /// Positions that fit.
   std::int64_t capacity() const { return capacity_; }
   /// Positions that hold keys and values in every layer.
   std::int64_t length() const { return length_; }
+  /// Counts positions whose keys and values every layer has stored.
   void advance(std::int64_t positions) {
     if constexpr (!HostBackend<B>) ops::Impl<ops::AddToLength, B>::run(*on_device_.backend, on_device_.value.data(), positions);
     length_ += positions;
@@ -95,6 +97,7 @@ class KvCache {
       if (length != length_) ops::Impl<ops::SetLength, B>::run(*on_device_.backend, on_device_.value.data(), length);
     length_ = length;
   }
+  /// Keys and values of layer i. requires 0 <= i < layers.
   const KeyValues& layer(std::int64_t i) const { return layers_[static_cast<std::size_t>(i)]; }
   /// Where a device keeps the length; null on the host.
   const OnDevice<std::int32_t>* device_length() const { return layers_.empty() ? nullptr : layers_[0].length; }
@@ -109,7 +112,9 @@ struct SequenceRows {
   std::int64_t count = 0;
   std::span<const CrossInstance<ScalarOf<B>>> media = {};  ///< for hooks: the instances in the sequence so far, in its order
 
+  /// Position of the first row: what the cache holds comes before it.
   std::int64_t first() const { return cache ? cache->length() : 0; }
+  /// Where a device keeps first(); null on the host and without a cache.
   const OnDevice<std::int32_t>* device_length() const { return cache ? cache->device_length() : nullptr; }
   /// Where a row of the batch stands in its sequence. requires begin <= row < begin + count.
   std::int64_t position(std::int64_t row) const { return first() + row - begin; }

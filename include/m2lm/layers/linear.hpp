@@ -31,12 +31,16 @@ class Linear {
   Parameter weight, bias;
 
   Linear() = default;
+  /// Parameters without values: weight [outputs, inputs], bias [outputs].
   Linear(std::int64_t inputs, std::int64_t outputs, bool has_bias) : Linear(Shape{outputs, inputs}, has_bias) {}
+  /// The same with a weight of any rank whose first extent is the outputs (a convolution over patches).
   Linear(Shape weight_shape, bool has_bias) : weight(weight_shape) {
     if (has_bias) bias = Parameter(Shape{weight_shape[0]});
   }
 
+  /// Whether a bias belongs to it.
   bool has_bias() const { return bias.shape.rank() == 1; }
+  /// Columns of y.
   std::int64_t outputs() const { return weight.shape[0]; }
 
   template <class V, class Self>
@@ -89,6 +93,7 @@ class Linear {
     ops::linear(ctx, x, packed_, y);
   }
 
+  /// The weight as the backend has it; empty before `prepare`.
   const PackedMatrix& packed() const { return packed_; }
 
   struct Saved {
@@ -110,6 +115,7 @@ class Linear {
     require(updates_.empty(), "m2lm::Linear: an adapter beside the weights has no gradient yet; load it merged");
     ops::linear_input_gradient(ctx, dy, packed_, dx);
   }
+  /// The other half: adds dyᵀ·x to the gradient of weight and the sum of dy's rows to that of bias, where they are trained.
   void parameter_gradients(Context<B>& ctx, Matrix<const S> x, Matrix<const S> dy, Gradients<S>& gradients) const {
     parameter_gradients(ctx, x, dy, gradients.find(weight), has_bias() ? gradients.find(bias) : nullptr);
   }
@@ -121,6 +127,7 @@ class Linear {
       column += part->outputs();
     }
   }
+  /// Whether weight or bias has a gradient.
   bool is_trained(const Gradients<S>& gradients) const { return gradients.trains(weight) || (has_bias() && gradients.trains(bias)); }
 
   /// Into tensors of the caller's, null where a gradient is not wanted (a weight that belongs to somebody else: tied heads).

@@ -17,7 +17,7 @@ namespace m2lm::inline M2LM_ABI {
 /// The arguments of torch.nn.MultiheadAttention that are supported.
 struct MultiheadConfig {
   std::int64_t width = 0;   ///< of queries, keys, values and outputs; a multiple of heads
-  std::int64_t heads = 1;
+  std::int64_t heads = 1;   ///< of width / heads values each
   bool bias_kv = false;     ///< add_bias_kv: a learned key and value beside the rows
   bool zero_logit = false;  ///< add_zero_attn: one more logit of 0, whose value is 0
 };
@@ -37,6 +37,7 @@ class MultiheadAttention {
   Linear<B> out_proj;
 
   MultiheadAttention() = default;
+  /// Parameters without values.
   explicit MultiheadAttention(const MultiheadConfig& c)
       : config_(c),
         query_(c.width, c.width, true),

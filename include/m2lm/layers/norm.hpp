@@ -19,6 +19,7 @@ class RmsNorm {
   Parameter weight;
 
   RmsNorm() = default;
+  /// weight [width] without values; `eps` is added to the mean square.
   RmsNorm(std::int64_t width, double eps) : eps_(eps), weight(Shape{width}) {}
 
   template <class V, class Self>
@@ -53,6 +54,7 @@ class LayerNorm {
   Parameter weight, bias;
 
   LayerNorm() = default;
+  /// weight and bias [width] without values; `eps` is added to the variance.
   LayerNorm(std::int64_t width, double eps) : eps_(eps), weight(Shape{width}), bias(Shape{width}) {}
 
   template <class V, class Self>

@@ -16,9 +16,9 @@ enum class RopeScaling : std::uint8_t { none, linear, llama3, factors };
 
 /// Run-time values of config.json (`rope_theta`, `rope_scaling`, or `rope_parameters`).
 struct RopeConfig {
-  double theta = 10000.0;
-  RopeScaling scaling = RopeScaling::none;
-  double factor = 1.0;
+  double theta = 10000.0;                       ///< pair i turns by theta^(-2i/head_dim) radians per position
+  RopeScaling scaling = RopeScaling::none;      ///< which of the values below count
+  double factor = 1.0;                          ///< linear, llama3: how many times longer the context is
   double low_freq_factor = 1.0;                 ///< llama3
   double high_freq_factor = 4.0;                ///< llama3
   double original_max_position_embeddings = 0;  ///< llama3
@@ -72,6 +72,7 @@ class RopeFrequencies {
 
  public:
   RopeFrequencies() = default;
+  /// Those of rope_frequencies(config, head_dim). throws as it.
   RopeFrequencies(const RopeConfig& config, std::int64_t head_dim) : host_(rope_frequencies(config, head_dim)) {}
 
   void prepare([[maybe_unused]] Context<B>& ctx) {

@@ -15,8 +15,8 @@ enum class Role { system, user, assistant };
 
 /// One turn of a chat.
 struct Message {
-  Role role = Role::user;
-  std::string text;
+  Role role = Role::user;  ///< who says it
+  std::string text;        ///< as typed, without the template's marks
 };
 
 /// A template as data. A conversation is
@@ -27,24 +27,26 @@ struct Message {
 /// "<s>" and "</s>", which LLaMA's and Mistral's tokenizers know as special tokens; the first BOS does not: the tokenizer adds it
 /// once if `add_bos`.
 struct ChatTemplate {
-  std::string_view name = {};
-  bool add_bos = true;
+  std::string_view name = {};  ///< "vicuna_v1", as programs take it
+  bool add_bos = true;         ///< the tokenizer puts BOS before the first turn
 
-  bool accepts_system = true;
+  bool accepts_system = true;  ///< false: a system message is refused
   /// The system text goes into the first user turn (llama-2) instead of before it.
   bool system_in_user_turn = false;
   /// Used when the conversation has no system message; an empty one switches it off.
   std::string_view default_system = {};
-  std::string_view system_prefix = {}, system_suffix = {};
+  std::string_view system_prefix = {};  ///< before the system text
+  std::string_view system_suffix = {};  ///< behind the system text
 
-  std::string_view user_prefix = {}, user_suffix = {};
+  std::string_view user_prefix = {};  ///< before what the user says
+  std::string_view user_suffix = {};  ///< behind what the user says
   /// Before the second and every later user turn.
   std::string_view next_turn = {};
 
   /// Ends a prompt whose answer is to be generated.
   std::string_view generation_prompt = {};
-  /// Around an answer, behind generation_prompt, when the conversation goes on.
-  std::string_view answer_prefix = {}, answer_suffix = {};
+  std::string_view answer_prefix = {};  ///< between generation_prompt and an answer, when the conversation goes on
+  std::string_view answer_suffix = {};  ///< behind that answer
 
   /// Behind a picture's placeholder that stands before the text of a turn.
   std::string_view media_suffix = {};
@@ -76,8 +78,9 @@ std::string render_continuation(const ChatTemplate& format, std::string_view use
 
 /// What a checkpoint says about itself; empty where it says nothing.
 struct CheckpointFacts {
-  /// config.json: model_type, text_config.model_type, architectures[0].
-  std::string_view model_type = {}, text_model_type = {}, architecture = {};
+  std::string_view model_type = {};       ///< config.json: model_type
+  std::string_view text_model_type = {};  ///< config.json: text_config.model_type
+  std::string_view architecture = {};     ///< config.json: architectures[0]
   /// `_name_or_path`, or the directory's name.
   std::string_view name = {};
   /// The Jinja text in chat_template.jinja, chat_template.json or tokenizer_config.json.

@@ -15,10 +15,13 @@ namespace m2lm::inline M2LM_ABI {
 
 /// What a checkpoint and a model disagree on. Each entry is a sentence with names, shapes and the nearest name there is.
 struct LoadReport {
-  std::vector<std::string> missing, misshaped, unexpected;
-  std::string packed_cache = {};     ///< why a file of packed weights that is there was not used; empty when there is nothing to say
-  std::size_t mapped_matrices = 0;  ///< packed matrices that came from such a file
+  std::vector<std::string> missing;     ///< parameters that the checkpoint has no tensor for
+  std::vector<std::string> misshaped;   ///< tensors of another shape than config.json asks for
+  std::vector<std::string> unexpected;  ///< tensors that the model does not know
+  std::string packed_cache = {};        ///< why a file of packed weights that is there was not used; empty when there is nothing to say
+  std::size_t mapped_matrices = 0;      ///< packed matrices that came from such a file
 
+  /// Whether the model can be used: nothing is missing or of a wrong shape.
   bool complete() const { return missing.empty() && misshaped.empty(); }
   /// All entries, one per line.
   std::string string() const;

@@ -30,12 +30,15 @@ class ContentHash {
 
  public:
   ContentHash();
+  /// Adds bytes. Where they are cut makes no difference.
   void bytes(std::span<const std::byte> data);
+  /// Adds the bytes of a plain value.
   template <class T>
   void value(const T& x) {
     static_assert(std::is_trivially_copyable_v<T>, "m2lm::ContentHash::value: plain values only");
     bytes(std::as_bytes(std::span<const T>(&x, 1)));
   }
+  /// Of all that was added so far.
   ContentKey key() const;
 };
 
@@ -68,8 +71,10 @@ inline void hash_content(ContentHash& hash, const AnyTensor& tensor) {
 
 /// How a cache has done so far.
 struct MediaCacheStats {
-  std::size_t entries = 0, bytes = 0;
-  std::size_t hits = 0, misses = 0;
+  std::size_t entries = 0;  ///< encoded media that are kept
+  std::size_t bytes = 0;    ///< of them
+  std::size_t hits = 0;     ///< media that were not encoded, because they were there
+  std::size_t misses = 0;   ///< media that were encoded
 };
 
 namespace detail {

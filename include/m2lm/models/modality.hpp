@@ -23,10 +23,12 @@ namespace m2lm::inline M2LM_ABI {
 /// What happens to an input before its encoder sees it. The primary hands it on as it is; a user specialises it for a type.
 template <class Input>
 struct Preprocessor {
+  /// From the files beside a checkpoint and the encoder's config; the primary reads none.
   template <class EncoderConfig>
   static Preprocessor from_directory(std::string_view, const EncoderConfig&) {
     return {};
   }
+  /// What the encoder's tokens(x) and forward(ctx, x, …) take.
   const Input& operator()(const Input& input) const { return input; }
 };
 
@@ -34,6 +36,7 @@ struct Preprocessor {
 template <>
 struct Preprocessor<Image> {
   ImageProcessorConfig config{};
+  /// throws CheckpointError for a preprocessor file that is damaged or asks for what the library has not.
   template <class EncoderConfig>
   static Preprocessor from_directory(std::string_view directory, [[maybe_unused]] const EncoderConfig& encoder, const ConfigValue& root = {}) {
     int image_size = 224;
@@ -41,6 +44,7 @@ struct Preprocessor<Image> {
     if (root.has_value("image_processor_config")) return {read_image_processor_config(root["image_processor_config"], image_size)};
     return {read_image_processor_config(directory, image_size)};
   }
+  /// preprocess(image, config): [channels, height, width].
   Tensor<float> operator()(const Image& image) const { return preprocess(image, config); }
 };
 
@@ -95,7 +99,9 @@ template <FixedString Name, class Encoder, class Projector, class Insertion = Ex
 struct Modality {
   static constexpr auto name = Name;
   using Input = typename Encoder::Input;
+  /// The encoder's part of config.json.
   using EncoderConfig = ConfigOf<Encoder>;
+  /// How its rows get into the sequence.
   using InsertionPolicy = Insertion;
   static_assert(detail::InsertionPolicy<Insertion>,
                 "m2lm::Modality: the insertion is one of ExpandPlaceholder, PlaceholderRun, PrefixAfterBos<...> and DiscreteTokens<...>");
@@ -104,8 +110,11 @@ struct Modality {
   struct On {
     using S = ScalarOf<B>;
     static constexpr bool discrete = Insertion::kind == InsertionKind::discrete_tokens;
+    /// The encoder on this backend.
     using EncoderOn = typename Encoder::template On<B, P>;
+    /// The projector on this backend.
     using ProjectorOn = typename Projector::template On<B, P>;
+    /// What the preprocessor makes of an input.
     using X = std::remove_cvref_t<decltype(std::declval<const Preprocessor<Input>&>()(std::declval<const Input&>()))>;
     static constexpr bool pyramidal = detail::EncodesPyramid<EncoderOn, B, X, Matrix<S>, std::vector<FeatureLevel<S>>>;
     static_assert(discrete || detail::HasWidth<EncoderOn>,
@@ -204,11 +213,13 @@ template <class Component, Precision P>
 struct With {
   static constexpr auto name = Component::name;
   using Input = typename Component::Input;
+  /// How its rows get into the sequence.
   using InsertionPolicy = typename Component::InsertionPolicy;
 
   template <class B, Precision>
   struct On : Component::template On<B, P> {
     using Component::template On<B, P>::On;
+    /// Its own, whatever the model's is.
     static constexpr Precision precision_of(const Precision&) { return P; }
     void prepare(Context<B>& ctx, const Precision&) { Component::template On<B, P>::prepare(ctx, P); }
   };

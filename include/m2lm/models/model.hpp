@@ -35,21 +35,21 @@ struct GgufModel;
 
 /// `progress` refers to a callable and does not own it, as GenerateOptions::on_text.
 struct LoadOptions {
-  std::optional<Precision> precision = {};                     ///< instead of the one in the type (a `With` component keeps its own)
-  std::string_view template_name = {};                         ///< chat template instead of the checkpoint's
-  FunctionRef<void(double)> progress = {};                     ///< fraction done, 0 to 1
-  bool allow_unexpected = true;                                ///< false: tensors that the model does not know are an error
-  bool follow_links = false;                                   ///< true: symbolic links may lead out of the directory
-  bool check = false;                                          ///< true: NaN or infinity among the weights is an error that names them all
-  CheckpointLimits limits = {};                                ///< of config.json and the tensors' files
-  std::size_t media_cache_bytes = std::size_t{128} << 20;      ///< encoded media that are kept, by content; 0 = none
-  std::size_t memory_limit = 0;                                ///< bytes the packed model may take; 0 = what the system has free
-  std::string_view adapter = {};                               ///< directory of a PEFT adapter (LoRA) for this checkpoint
-  AdapterMode adapter_mode = AdapterMode::merge;
-  std::string_view vision_tower = {};                          ///< of LLaVA's own layout: the tower's directory, or the one that it is in
-  std::string_view tokenizer_directory = {};                   ///< of from_config: where the tokenizer and preprocessor files are, if any
-  PackedCacheMode packed_cache_mode = PackedCacheMode::when_valid;
-  std::string_view packed_cache = {};                          ///< the file of packed weights; default: the one beside the checkpoint, for `weights`
+  std::optional<Precision> precision = {};                          ///< instead of the one in the type (a `With` component keeps its own)
+  std::string_view template_name = {};                              ///< chat template instead of the checkpoint's
+  FunctionRef<void(double)> progress = {};                          ///< fraction done, 0 to 1
+  bool allow_unexpected = true;                                     ///< false: tensors that the model does not know are an error
+  bool follow_links = false;                                        ///< true: symbolic links may lead out of the directory
+  bool check = false;                                               ///< true: NaN or infinity among the weights is an error that names them all
+  CheckpointLimits limits = {};                                     ///< of config.json and the tensors' files
+  std::size_t media_cache_bytes = std::size_t{128} << 20;           ///< encoded media that are kept, by content; 0 = none
+  std::size_t memory_limit = 0;                                     ///< bytes the packed model may take; 0 = what the system has free
+  std::string_view adapter = {};                                    ///< directory of a PEFT adapter (LoRA) for this checkpoint
+  AdapterMode adapter_mode = AdapterMode::merge;                    ///< into the weights, or beside them
+  std::string_view vision_tower = {};                               ///< of LLaVA's own layout: the tower's directory, or the one that it is in
+  std::string_view tokenizer_directory = {};                        ///< of from_config: where the tokenizer and preprocessor files are, if any
+  PackedCacheMode packed_cache_mode = PackedCacheMode::when_valid;  ///< whether a file of packed weights is used
+  std::string_view packed_cache = {};                               ///< the file of packed weights; default: beside the checkpoint, for `weights`
 };
 
 namespace detail {
@@ -113,10 +113,14 @@ std::vector<std::int32_t> encode_text(const Tokenizer& tokenizer, std::string_vi
 template <class B, Precision P, class Decoder, class... Component>
 class Model {
  public:
+  /// What computes.
   using Backend = B;
   using Scalar = ScalarOf<B>;
+  /// The element of logits and hidden states on the host.
   using HostScalar = HostScalarOf<B>;
+  /// What `prompt` gives: text, with places for this model's components.
   using PromptType = Prompt<Component...>;
+  /// A conversation on this model.
   using Session = BasicSession<Model>;
 
   /// Loads config.json, *.safetensors, and the tokenizer if there is one. throws CheckpointError with all that is missing or does
@@ -180,6 +184,7 @@ class Model {
   const LoadReport& load_report() const;
   /// Encoded media that are kept for the next prompt with the same content.
   MediaCacheStats media_cache_stats() const;
+  /// The backend that the model was loaded with; copies of the model share it.
   B& backend() const;
 
  private:

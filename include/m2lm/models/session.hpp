@@ -29,7 +29,7 @@ namespace m2lm::inline M2LM_ABI {
 /// What a session is made with.
 struct SessionOptions {
   std::int64_t max_positions = 0;  ///< context length; 0 = the checkpoint's max_position_embeddings
-  std::uint64_t seed = 0;
+  std::uint64_t seed = 0;          ///< of tokens that are drawn, where GenerateOptions::seed is 0
 };
 
 /// One conversation on a model: KV cache, scratch memory, random numbers. Movable; one thread at a time.
@@ -113,6 +113,7 @@ class BasicSession {
   friend M;
 
  public:
+  /// An empty conversation. throws CapacityError when the KV cache does not fit in memory, OptionError for a length that the model has not.
   BasicSession(M model, const SessionOptions& options);
 
   /// Answers the prompt. A chat prompt after the first is the next turn, ids and raw text are appended: what the cache holds is not
@@ -130,6 +131,7 @@ class BasicSession {
 
   /// Positions in the cache.
   std::int64_t length() const { return cache_.length(); }
+  /// Positions that the cache can hold: the context length.
   std::int64_t max_positions() const { return cache_.capacity(); }
   /// Ids at the cached positions; media stand as placeholder ids.
   std::span<const std::int32_t> history() const { return history_; }

@@ -87,6 +87,7 @@ template <class B>
 struct PackedForm {
   static constexpr std::string_view name = {};
   static constexpr int version = 0;
+  /// Bytes of a matrix [rows, cols] packed in a format.
   static std::size_t bytes(const B&, DType, std::int64_t, std::int64_t, bool) { return 0; }
 };
 

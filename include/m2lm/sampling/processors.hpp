@@ -32,8 +32,11 @@ class Sampler {
   /// throws OptionError for an option out of range, or a vocabulary that is empty or larger than 2^31 - 1.
   Sampler(const SamplingOptions& options, std::int64_t vocab);
 
+  /// What it was made with.
   const SamplingOptions& options() const { return options_; }
+  /// Logits per row.
   std::int64_t vocab() const { return vocab_; }
+  /// Temperature 0: the largest logit, and nothing is drawn.
   bool greedy() const { return options_.temperature == 0; }
 
   /// Applies the processors in place, row by row; a greedy sampler applies the repetition penalty only. histories[r] holds the ids
@@ -53,6 +56,7 @@ class Sampler {
   struct Weights {
     std::span<const double> weight;
     double sum = 0;
+    /// Of token `id`, 0 of one that was removed.
     float probability(std::size_t id) const { return static_cast<float>(weight[id] / sum); }
   };
   /// throws as `process`.

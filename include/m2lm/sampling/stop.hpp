@@ -43,8 +43,10 @@ class StopMatcher {
   /// throws OptionError if a string is empty or not valid UTF-8 (a character must not be cut).
   StopMatcher(std::span<const std::int32_t> token_ids, std::span<const std::string> strings);
 
+  /// Whether this token ends the answer.
   bool is_stop_token(std::int32_t id) const;
 
+  /// Text that is certain, and whether a stop string has ended the answer.
   struct Output {
     /// Valid until the next call.
     std::string_view text;

@@ -21,7 +21,7 @@ namespace m2lm::inline M2LM_ABI::testing {
 
 /// How much gradient_check tries, and with what numbers.
 struct GradientCheckOptions {
-  std::uint64_t seed = 1;
+  std::uint64_t seed = 1;         ///< of inputs, values, directions and coordinates
   int directions = 3;             ///< random directions for each tensor
   std::int64_t coordinates = 24;  ///< single elements of each tensor: all of them if there are no more, else as many at random
   double input_scale = 1;         ///< inputs have this standard deviation
@@ -29,12 +29,15 @@ struct GradientCheckOptions {
 
 /// What gradient_check found. `worst` is the comparison with the largest error relative to its bound.
 struct GradientReport {
-  bool passed = true;
-  std::int64_t comparisons = 0;
-  std::string worst_tensor;  ///< "input", a parameter's name, or what else went wrong
-  double error = 0, bound = 0;
-  double expected = 0, got = 0;  ///< of the worst: the derivative, and what backward gives
+  bool passed = true;            ///< every error is within its bound
+  std::int64_t comparisons = 0;  ///< directions and coordinates that were tried
+  std::string worst_tensor;      ///< "input", a parameter's name, or what else went wrong
+  double error = 0;              ///< of the worst: |got - expected|
+  double bound = 0;              ///< of the worst: what rounding explains
+  double expected = 0;           ///< of the worst: the derivative
+  double got = 0;                ///< of the worst: what backward gives
 
+  /// The verdict and the worst comparison in one line.
   std::string string() const {
     char numbers[200];
     std::snprintf(numbers, sizeof numbers, ": %.17g expected, backward gives %.17g (error %.3g, bound %.3g; %lld comparisons)", expected, got, error,

@@ -14,7 +14,10 @@ namespace m2lm::inline M2LM_ABI::train {
 
 /// torch.optim.AdamW's values. Every trained parameter decays, norms and biases too, as there.
 struct AdamWOptions {
-  double beta1 = 0.9, beta2 = 0.999, eps = 1e-8, weight_decay = 0.01;
+  double beta1 = 0.9;          ///< share of the first moment that a step keeps
+  double beta2 = 0.999;        ///< share of the second moment that a step keeps
+  double eps = 1e-8;           ///< added to the root of the second moment
+  double weight_decay = 0.01;  ///< share of a value that a step of rate 1 takes away
   friend bool operator==(const AdamWOptions&, const AdamWOptions&) = default;
 
   /// throws OptionError for betas outside [0, 1), eps or weight_decay below 0.
@@ -43,7 +46,9 @@ class AdamW {
     }
   }
 
+  /// Steps done so far.
   std::int64_t steps() const { return steps_; }
+  /// What it was made with.
   const AdamWOptions& options() const { return options_; }
 
   /// One step of rate `lr` on `values`, one tensor for each gradient. With step t = 1, 2, …:

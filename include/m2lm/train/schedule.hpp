@@ -15,11 +15,11 @@ enum class Decay : std::uint8_t { none, linear, cosine };
 
 /// A linear warm-up to `peak`, then a way down to floor · peak at the last step.
 struct Schedule {
-  double peak = 1e-4;
-  std::int64_t warmup_steps = 0;
-  Decay decay = Decay::none;
-  std::int64_t total_steps = 0;  ///< where the way down ends, warm-up included; needed for linear and cosine
-  double floor = 0;              ///< share of the peak that is left at the end
+  double peak = 1e-4;             ///< the largest rate
+  std::int64_t warmup_steps = 0;  ///< steps up to it
+  Decay decay = Decay::none;      ///< the way down
+  std::int64_t total_steps = 0;   ///< where the way down ends, warm-up included; needed for linear and cosine
+  double floor = 0;               ///< share of the peak that is left at the end
   friend bool operator==(const Schedule&, const Schedule&) = default;
 
   /// Rate of step 0, 1, …: peak·(step + 1)/warmup_steps, then peak·(floor + (1 − floor)·w) with w from 1 to 0.

@@ -15,10 +15,11 @@ namespace m2lm::inline M2LM_ABI::train {
 
 /// Patterns of canonical names ('*' stands for any text): a parameter is trained when one of `train` fits and none of `freeze` does.
 struct Selection {
-  std::vector<std::string> train{"*"};
-  std::vector<std::string> freeze{};
+  std::vector<std::string> train{"*"};  ///< what is trained …
+  std::vector<std::string> freeze{};    ///< … but for this
   friend bool operator==(const Selection&, const Selection&) = default;
 
+  /// Whether the parameter of this canonical name is trained.
   bool trains(std::string_view name) const {
     const auto fits = [&](const std::string& pattern) { return glob_match(pattern, name); };
     return std::any_of(train.begin(), train.end(), fits) && std::none_of(freeze.begin(), freeze.end(), fits);

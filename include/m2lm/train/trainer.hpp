@@ -35,9 +35,9 @@ struct Example {
 
 /// What is trained, how, and how far in one step.
 struct TrainerOptions {
-  Selection parameters{};
-  AdamWOptions adamw{};
-  Schedule schedule{};
+  Selection parameters{};        ///< which are trained
+  AdamWOptions adamw{};          ///< how a step follows from the gradients
+  Schedule schedule{};           ///< how far, step by step
   double max_gradient_norm = 0;  ///< gradients are scaled down to this global norm; 0 = never
   bool end_answers = true;       ///< an answer given as text is followed by the checkpoint's end token
 };
@@ -47,7 +47,7 @@ struct StepReport {
   std::int64_t step = 0;     ///< 1 for the first
   double loss = 0;           ///< mean over the targets, before the step
   double gradient_norm = 0;  ///< before clipping
-  double learning_rate = 0;
+  double learning_rate = 0;  ///< of this step
   std::int64_t targets = 0;  ///< tokens in the loss
   std::int64_t rows = 0;     ///< rows that went through the decoder
 };
@@ -120,6 +120,7 @@ class Trainer {
   std::array<bool, components> encoder_trained_{}, projector_trained_{};
 
  public:
+  /// What a step takes.
   using ExampleType = Example<M>;
 
   /// throws OptionError for patterns that fit nothing, a schedule or betas out of range.
@@ -130,15 +131,20 @@ class Trainer {
   /// One step on the mean loss of the batch: examples of any lengths, one below another. throws InputError for an example that does
   /// not fit the model or has no answer, NumericError when loss or gradients are not finite, CapacityError when memory runs out; the parameters are then as they were.
   StepReport step(std::span<const Example<M>> batch);
+  /// The same of examples written into the call.
   StepReport step(std::initializer_list<Example<M>> batch) { return step(std::span<const Example<M>>(batch.begin(), batch.size())); }
   /// The mean loss of the batch, without a step.
   double loss(std::span<const Example<M>> batch);
   /// The gradients of the batch's mean loss, unclipped, without a step; valid until the next call.
   const Gradients<S>& gradients(std::span<const Example<M>> batch, double* loss = nullptr);
+  /// Those of the last step, as the optimiser got them, or of the last call of the other.
   const Gradients<S>& gradients() const { return gradients_; }
 
+  /// The model in training; a step changes its parameters in place.
   const M& model() const { return model_; }
+  /// What it was made with.
   const TrainerOptions& options() const { return options_; }
+  /// Steps done so far.
   std::int64_t steps() const { return steps_; }
 
  private:

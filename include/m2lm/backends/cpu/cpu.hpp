@@ -43,9 +43,13 @@ class Cpu {
   /// throws OptionError for a number of threads below 0 or above 1024.
   Cpu(const CpuOptions& options);  // NOLINT: implicit, so that Cpu{{.threads = 2}} reads well
 
+  /// Threads that share an op, the calling one among them.
   int threads() const { return state_->pool.size(); }
+  /// The level whose kernels are used: the processor's, capped by CpuOptions::max_isa and M2LM_MAX_ISA.
   IsaLevel isa() const { return state_->kernels->level; }
+  /// Shared by all copies of this backend.
   ThreadPool& pool() const { return state_->pool; }
+  /// The functions of that level.
   const detail::KernelTable& kernels() const { return *state_->kernels; }
 };
 
@@ -70,6 +74,7 @@ template <>
 struct PackedForm<Cpu> {
   static constexpr std::string_view name = "cpu";
   static constexpr int version = detail::packed_layout_version;
+  /// Bytes of a matrix [rows, cols] packed in `format`.
   static std::size_t bytes(const Cpu& cpu, DType format, std::int64_t rows, std::int64_t cols, bool gated) {
     return detail::cpu_packed_bytes(cpu, format, rows, cols, gated);
   }

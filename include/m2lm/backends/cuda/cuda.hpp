@@ -45,8 +45,11 @@ class BasicCuda {
   /// throws DeviceError with the reason when the device cannot be used.
   BasicCuda(const CudaOptions& options) : device_(std::make_shared<cuda::Device>(options.device)) {}  // NOLINT: implicit, as Cpu's
 
+  /// The device with its stream, which copies of this backend share.
   cuda::Device& device() const { return *device_; }
+  /// The same for who may outlive the backend.
   const std::shared_ptr<cuda::Device>& shared_device() const { return device_; }
+  /// Where tensors, arenas and KV caches of this backend lie.
   MemoryResource& memory() const { return *device_; }
   /// What is done under this lock no other thread's work comes between.
   [[nodiscard]] std::unique_lock<std::recursive_mutex> exclusive() const { return device_->exclusive(); }
@@ -72,9 +75,11 @@ class BasicCuda {
     std::int32_t* slot(int i) const { return static_cast<std::int32_t*>(pinned_.get()) + static_cast<std::size_t>(i) * rows_; }
 
    public:
+    /// For at most `rows` ids in each slot, in page-locked memory of the host.
     Mailbox(const BasicCuda& backend, std::int64_t rows)
         : device_(backend.device_), rows_(static_cast<std::size_t>(rows)), pinned_(device_->pinned(2 * rows_ * sizeof(std::int32_t))) {}
 
+    /// Enqueues the copy of `count` ids to slot `to`, 0 or 1; `read` waits for it.
     void post(const BasicCuda&, const OnDevice<std::int32_t>* ids, std::int64_t count, int to) {
       count_[to] = static_cast<std::size_t>(count);
       device_->copy_to_pinned(slot(to), ids, count_[to] * sizeof(std::int32_t), to);

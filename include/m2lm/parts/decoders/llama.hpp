@@ -20,14 +20,21 @@ namespace m2lm::inline M2LM_ABI {
 
 /// Sizes and constants of config.json.
 struct LlamaConfig {
-  std::int64_t vocab_size = 0, hidden_size = 0, intermediate_size = 0, num_layers = 0;
-  std::int64_t num_heads = 0, num_kv_heads = 0, head_dim = 0;
-  std::int64_t max_position_embeddings = 2048;
-  std::int64_t sliding_window = 0;  ///< 0 = none
-  double rms_norm_eps = 1e-6;
-  RopeConfig rope{};
-  Activation activation = Activation::silu;
-  bool tie_word_embeddings = false, attention_bias = false, mlp_bias = false;
+  std::int64_t vocab_size = 0;                  ///< rows of the embedding table, columns of the logits
+  std::int64_t hidden_size = 0;                 ///< values per position
+  std::int64_t intermediate_size = 0;           ///< values per position inside the MLP
+  std::int64_t num_layers = 0;                  ///< num_hidden_layers
+  std::int64_t num_heads = 0;                   ///< num_attention_heads
+  std::int64_t num_kv_heads = 0;                ///< num_key_value_heads; where it is missing num_heads, Mistral 8
+  std::int64_t head_dim = 0;                    ///< values per head; hidden_size / num_heads where it is missing
+  std::int64_t max_position_embeddings = 2048;  ///< the context length of a session that asks for none
+  std::int64_t sliding_window = 0;              ///< keys that a query sees; 0 = all before it
+  double rms_norm_eps = 1e-6;                   ///< of all norms
+  RopeConfig rope{};                            ///< rotary angles
+  Activation activation = Activation::silu;     ///< hidden_act, of the MLP's gate
+  bool tie_word_embeddings = false;             ///< the head's weight is the embedding table
+  bool attention_bias = false;                  ///< of q, k, v and o
+  bool mlp_bias = false;                        ///< of gate, up and down
 };
 
 /// What changes the code of a decoder block. (Sizes are run-time data.)
@@ -42,6 +49,7 @@ struct BlockPolicy {
 struct NoHook {
   template <class B, Precision P>
   struct On : NoParameters {
+    /// Adds nothing.
     void after_attention(Context<B>&, std::int64_t /*layer*/, std::span<const SequenceRows<B>>, Matrix<ScalarOf<B>> /*h*/) const {}
   };
 };
@@ -63,8 +71,8 @@ template <BlockPolicy policy = BlockPolicy{}, class AfterAttentionHook = NoHook,
 struct LlamaDecoder {
   /// What config.json says about the decoder, its hook and its head.
   struct Config : LlamaConfig {
-    ConfigOf<AfterAttentionHook> hook{};
-    ConfigOf<Head> head{};
+    ConfigOf<AfterAttentionHook> hook{};  ///< of a hook without one: empty
+    ConfigOf<Head> head{};                ///< of a head without one: empty
 
     template <class Root>
     friend void read_config(const Root& root, Config& config) {
@@ -74,6 +82,7 @@ struct LlamaDecoder {
     }
   };
 
+  /// One layer: h += attention(norm(h)), the hook, h += mlp(norm(h)).
   template <class B>
   struct Block {
     using S = ScalarOf<B>;
@@ -81,6 +90,7 @@ struct LlamaDecoder {
     CausalAttention<B> self_attn;
     GatedMlp<B> mlp;
 
+    /// Parameters without values.
     explicit Block(const LlamaConfig& c)
         : input_layernorm(c.hidden_size, c.rms_norm_eps),
           post_attention_layernorm(c.hidden_size, c.rms_norm_eps),
@@ -162,6 +172,7 @@ struct LlamaDecoder {
       for (std::int64_t i = 0; i < c.num_layers; ++i) layers.emplace_back(c);
     }
 
+    /// What it was made from.
     const LlamaConfig& config() const { return config_; }
 
     template <class V, class Self>

@@ -29,19 +29,25 @@ inline constexpr int layer_from_checkpoint = -1000;
 
 /// Which hidden state of the tower is given, and which of its rows.
 struct VitPolicy {
-  int feature_layer = layer_from_checkpoint;  ///< as transformers counts hidden_states: 0 = embeddings, -1 = last
-  VitFeatures features = VitFeatures::from_checkpoint;
+  int feature_layer = layer_from_checkpoint;            ///< as transformers counts hidden_states: 0 = embeddings, -1 = last
+  VitFeatures features = VitFeatures::from_checkpoint;  ///< the class token, patches, or both
   friend constexpr bool operator==(const VitPolicy&, const VitPolicy&) = default;
 };
 
 /// Sizes and constants of config.json's vision_config.
 struct ClipVisionConfig {
-  std::int64_t hidden_size = 0, intermediate_size = 0, num_layers = 0, num_heads = 0;
-  std::int64_t image_size = 224, patch_size = 32, num_channels = 3, projection_dim = 0;
-  double layer_norm_eps = 1e-5;
-  Activation activation = Activation::quick_gelu;
-  int feature_layer = -2;                           ///< the checkpoint's choice
-  VitFeatures features = VitFeatures::patches;  ///< the checkpoint's choice
+  std::int64_t hidden_size = 0;                    ///< values per patch
+  std::int64_t intermediate_size = 0;              ///< values per patch inside the MLP
+  std::int64_t num_layers = 0;                     ///< num_hidden_layers
+  std::int64_t num_heads = 0;                      ///< num_attention_heads
+  std::int64_t image_size = 224;                   ///< pixels of a side
+  std::int64_t patch_size = 32;                    ///< pixels of a patch's side
+  std::int64_t num_channels = 3;                   ///< of the preprocessed picture
+  std::int64_t projection_dim = 0;                 ///< values per row of VitFeatures::projected and projected_tokens
+  double layer_norm_eps = 1e-5;                    ///< of all norms
+  Activation activation = Activation::quick_gelu;  ///< hidden_act
+  int feature_layer = -2;                          ///< the checkpoint's choice
+  VitFeatures features = VitFeatures::patches;     ///< the checkpoint's choice
 };
 
 /// Spec. source: transformers' CLIPVisionModelWithProjection; keys as there.
@@ -50,6 +56,7 @@ struct ClipVit {
   using Input = Image;
   using Config = ClipVisionConfig;
 
+  /// One layer: h += attention(norm(h)), h += mlp(norm(h)).
   template <class B>
   struct Block {
     using S = ScalarOf<B>;
@@ -57,6 +64,7 @@ struct ClipVit {
     FullAttention<B> self_attn;
     Mlp<B> mlp;
 
+    /// Parameters without values.
     explicit Block(const ClipVisionConfig& c)
         : layer_norm1(c.hidden_size, c.layer_norm_eps),
           layer_norm2(c.hidden_size, c.layer_norm_eps),
@@ -147,11 +155,13 @@ struct ClipVit {
       for (std::int64_t i = 0; i < blocks_to_run_; ++i) layers.emplace_back(c);
     }
 
+    /// What it was made from.
     const ClipVisionConfig& config() const { return config_; }
     /// Values per output token.
     std::int64_t width() const { return projects() ? config_.projection_dim : config_.hidden_size; }
     /// Output tokens of an image. (The argument is there for encoders whose number of tokens depends on the input.)
     std::int64_t tokens(const Tensor<float>& /*pixels*/) const { return tokens(); }
+    /// The same: every picture has been brought to one size.
     std::int64_t tokens() const {
       const std::int64_t patches = position_embedding.shape[0] - 1;
       if (pools()) return 1;

@@ -14,10 +14,11 @@ namespace m2lm::inline M2LM_ABI {
 
 /// Widths on both sides, and the activation between the layers.
 struct ProjectorConfig {
-  std::int64_t input_width = 0, output_width = 0;
-  Activation activation = Activation::gelu;
-  bool bias = true;
-  std::optional<int> layers = {};  ///< what the checkpoint says its projector has
+  std::int64_t input_width = 0;              ///< values per row of the encoder
+  std::int64_t output_width = 0;             ///< values per row of the decoder
+  Activation activation = Activation::gelu;  ///< between layers
+  bool bias = true;                          ///< of every layer
+  std::optional<int> layers = {};            ///< what the checkpoint says its projector has
 };
 
 /// Spec: Depth linear layers with an activation between them. Keys as in LlavaForConditionalGeneration: linear_1, linear_2, ….
@@ -109,9 +110,12 @@ struct IdentityProjector {
       require(c.input_width == c.output_width, "m2lm::IdentityProjector: the encoder gives ", c.input_width, " values per token, the decoder takes ",
               c.output_width);
     }
+    /// As many rows as come in.
     std::int64_t output_tokens(std::int64_t tokens) const { return tokens; }
     struct Saved {};
+    /// y = x. requires equal shapes.
     void forward(Context<B>& ctx, Matrix<const S> x, Matrix<S> y, Saved* = nullptr) const { ops::copy_rows(ctx, x, y); }
+    /// dx = dy, unless dx is empty.
     void backward(Context<B>& ctx, Matrix<const S> dy, const Saved&, Gradients<S>&, Matrix<S> dx) const {
       if (dx.data()) ops::copy_rows(ctx, dy, dx);
     }
