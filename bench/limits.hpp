@@ -72,64 +72,39 @@ enum class Products : std::uint8_t { f32, bf16_dot, int8_dot, amx_bf16, amx_int8
 #if M2LM_X86_64
 namespace detail {
 
-constexpr int chains = 24;  // hide every latency
+constexpr int product_steps = 20000;
 
-[[gnu::target("avx512f")]] inline double f32_rate() {
-  __m512 sum[chains];
-  for (auto& s : sum) s = _mm512_set1_ps(1.0F);
-  const __m512 a = _mm512_set1_ps(0.5F), b = _mm512_set1_ps(0.25F);
-  constexpr int steps = 20000;
+// product_steps times an instruction that overwrites its sum, in twelve chains, which hide every latency. In assembly: g++ 12 copies the sums
+// of an intrinsic to the stack and back.
+#define M2LM_TWELVE_CHAINS(instruction)                                                                                                      \
+  for (int i = 0; i < product_steps; ++i)                                                                                                    \
+  asm volatile(instruction " %12, %12, %0\n\t" instruction " %12, %12, %1\n\t" instruction " %12, %12, %2\n\t"                               \
+               instruction " %12, %12, %3\n\t" instruction " %12, %12, %4\n\t" instruction " %12, %12, %5\n\t"                               \
+               instruction " %12, %12, %6\n\t" instruction " %12, %12, %7\n\t" instruction " %12, %12, %8\n\t"                               \
+               instruction " %12, %12, %9\n\t" instruction " %12, %12, %10\n\t" instruction " %12, %12, %11"                                  \
+               : "+v"(s[0]), "+v"(s[1]), "+v"(s[2]), "+v"(s[3]), "+v"(s[4]), "+v"(s[5]), "+v"(s[6]), "+v"(s[7]), "+v"(s[8]), "+v"(s[9]),      \
+                 "+v"(s[10]), "+v"(s[11])                                                                                                    \
+               : "v"(a))
+
+[[gnu::target("avx2,fma")]] inline double rate_of_256_bits() {
+  __m256i s[12] = {};
+  const __m256i a = _mm256_set1_epi32(0x3c023c02);
   const auto start = Clock::now();
-  for (int i = 0; i < steps; ++i) {
-#pragma GCC unroll 24
-    for (auto& s : sum) s = _mm512_fmadd_ps(s, a, b);
-  }
-  const double seconds = seconds_since(start);
-  float total = 0;
-  for (const auto& s : sum) total += _mm512_cvtss_f32(s);
-  return total < 0 ? 0 : steps * double{chains} * 16 / seconds;
+  M2LM_TWELVE_CHAINS("vfmadd231ps");
+  return product_steps * 12.0 * 8 / seconds_since(start);
 }
 
-// An instruction that overwrites its sum, in twelve chains. In assembly: g++ 12 copies the sums of an intrinsic to the stack and back.
-#define M2LM_TWELVE_CHAINS(instruction)                                                                                                     \
-  instruction " %13, %12, %0\n\t" instruction " %13, %12, %1\n\t" instruction " %13, %12, %2\n\t" instruction " %13, %12, %3\n\t"             \
-  instruction " %13, %12, %4\n\t" instruction " %13, %12, %5\n\t" instruction " %13, %12, %6\n\t" instruction " %13, %12, %7\n\t"             \
-  instruction " %13, %12, %8\n\t" instruction " %13, %12, %9\n\t" instruction " %13, %12, %10\n\t" instruction " %13, %12, %11"
-
-[[gnu::target("avx512f,avx512bf16,avx512vnni")]] inline double dot_rate(bool bytes) {
-  __m512i s0{}, s1{}, s2{}, s3{}, s4{}, s5{}, s6{}, s7{}, s8{}, s9{}, s10{}, s11{};
-  const __m512i a = _mm512_set1_epi16(0x3c02);
-  constexpr int steps = 20000;
+[[gnu::target("avx512f,avx512bf16,avx512vnni")]] inline double rate_of_512_bits(Products kind) {
+  __m512i s[12] = {};
+  const __m512i a = _mm512_set1_epi32(0x3c023c02);
   const auto start = Clock::now();
-  if (bytes)
-    for (int i = 0; i < steps; ++i)
-      asm volatile(M2LM_TWELVE_CHAINS("vpdpbusd")
-                   : "+v"(s0), "+v"(s1), "+v"(s2), "+v"(s3), "+v"(s4), "+v"(s5), "+v"(s6), "+v"(s7), "+v"(s8), "+v"(s9), "+v"(s10), "+v"(s11)
-                   : "v"(a), "v"(a));
-  else
-    for (int i = 0; i < steps; ++i)
-      asm volatile(M2LM_TWELVE_CHAINS("vdpbf16ps")
-                   : "+v"(s0), "+v"(s1), "+v"(s2), "+v"(s3), "+v"(s4), "+v"(s5), "+v"(s6), "+v"(s7), "+v"(s8), "+v"(s9), "+v"(s10), "+v"(s11)
-                   : "v"(a), "v"(a));
-  return steps * 12.0 * (bytes ? 64 : 32) / seconds_since(start);
+  if (kind == Products::int8_dot) M2LM_TWELVE_CHAINS("vpdpbusd");
+  else if (kind == Products::bf16_dot) M2LM_TWELVE_CHAINS("vdpbf16ps");
+  else M2LM_TWELVE_CHAINS("vfmadd231ps");
+  const double per_instruction = kind == Products::int8_dot ? 64 : kind == Products::bf16_dot ? 32 : 16;
+  return product_steps * 12.0 * per_instruction / seconds_since(start);
 }
 #undef M2LM_TWELVE_CHAINS
-
-[[gnu::target("avx2,fma")]] inline double f32_rate_avx2() {
-  __m256 sum[chains / 2];
-  for (auto& s : sum) s = _mm256_set1_ps(1.0F);
-  const __m256 a = _mm256_set1_ps(0.5F), b = _mm256_set1_ps(0.25F);
-  constexpr int steps = 40000;
-  const auto start = Clock::now();
-  for (int i = 0; i < steps; ++i) {
-#pragma GCC unroll 12
-    for (auto& s : sum) s = _mm256_fmadd_ps(s, a, b);
-  }
-  const double seconds = seconds_since(start);
-  float total = 0;
-  for (const auto& s : sum) total += _mm256_cvtss_f32(s);
-  return total < 0 ? 0 : steps * double{chains / 2} * 8 / seconds;
-}
 
 // Four sums of two by two tiles of 16 x 64 bytes.
 struct alignas(64) TileConfig {
@@ -187,10 +162,10 @@ inline double peak([[maybe_unused]] Products kind, [[maybe_unused]] m2lm::IsaLev
   const bool amx = level == IsaLevel::amx;
   for (int i = 0; i < 200; ++i) {
     double rate = 0;
-    if (kind == Products::f32 && level >= IsaLevel::avx512) rate = detail::f32_rate();
-    if (kind == Products::f32 && level == IsaLevel::avx2) rate = detail::f32_rate_avx2();
-    if (kind == Products::bf16_dot && level >= IsaLevel::avx512_bf16) rate = detail::dot_rate(false);
-    if (kind == Products::int8_dot && level >= IsaLevel::avx512 && m2lm::detail::has_int8_dot(level)) rate = detail::dot_rate(true);
+    if (kind == Products::f32 && level >= IsaLevel::avx512) rate = detail::rate_of_512_bits(kind);
+    if (kind == Products::f32 && level == IsaLevel::avx2) rate = detail::rate_of_256_bits();
+    if (kind == Products::bf16_dot && level >= IsaLevel::avx512_bf16) rate = detail::rate_of_512_bits(kind);
+    if (kind == Products::int8_dot && level >= IsaLevel::avx512 && m2lm::detail::has_int8_dot(level)) rate = detail::rate_of_512_bits(kind);
     if (kind == Products::amx_bf16 && amx) rate = detail::amx_rate(true);
     if (kind == Products::amx_int8 && amx) rate = detail::amx_rate(false);
     if (rate > best) best = rate;

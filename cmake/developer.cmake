@@ -1,6 +1,5 @@
 # For those who work on the library: warnings, sanitizers, planted faults. Nothing here reaches a project that uses m2lm.
 set(M2LM_SANITIZE "" CACHE STRING "Sanitizers of all developer targets: address,undefined or thread")
-option(M2LM_BENCH "Build bench_ops, the ops timed by Google Benchmark (libbenchmark-dev)" OFF)
 option(M2LM_FUZZ "Build the fuzz targets and nothing else (needs clang++)" OFF)
 set(M2LM_PLANT_FAULT "" CACHE STRING "Number of a fault to plant in every developer target (see include/m2lm/testing/faults.hpp)")
 
@@ -53,6 +52,14 @@ set(m2lm_test_environment
   "TSAN_OPTIONS=halt_on_error=1:second_deadlock_stack=1")
 
 include("${CMAKE_CURRENT_LIST_DIR}/developer_cuda.cmake")
+
+# Where libbenchmark-dev is installed bench_ops is built, unless told otherwise; not where everything runs at a fraction of its speed.
+set(m2lm_bench OFF)
+if(NOT M2LM_SANITIZE AND NOT M2LM_FUZZ)
+  find_package(benchmark QUIET)
+  set(m2lm_bench "${benchmark_FOUND}")
+endif()
+option(M2LM_BENCH "Build bench_ops, the ops timed by Google Benchmark (libbenchmark-dev)" "${m2lm_bench}")
 
 # m2lm_test_properties(test LABELS label... [PROPERTIES name value...]): what every test of the project has in common.
 # Exit status 77 means skipped; ctest lists and counts such tests.

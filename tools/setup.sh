@@ -7,7 +7,7 @@ packages=(g++ cmake ninja-build libeigen3-dev nlohmann-json3-dev libsentencepiec
 case "${1-}" in
   "") ;;
   --tests) packages+=(clang libclang-rt-dev doctest-dev python3 python3-venv libxtensor-dev pkg-config gdb doxygen g++-aarch64-linux-gnu qemu-user
-    valgrind) ;;
+    valgrind libbenchmark-dev) ;;
   *) sed -n '2,3s/^# //p' "$0" >&2; exit 2 ;;
 esac
 

@@ -2,9 +2,12 @@
 """The same weights in every peer's own form.
 
     python convert.py gguf DIR [--quantize]      DIR/model-bf16.gguf, and DIR/model-q8_0.gguf, -q4_0.gguf by llama.cpp's own quantiser
+    python convert.py mmproj DIR                 DIR/mmproj-{bf16,q8_0}.gguf of a LLaVA (gguf makes its decoder's): CLIP and projector for llama.cpp
     python convert.py openvino DIR               DIR/ov-{bf16,int8,int4-32,int4-128}: optimum-intel's stateful export, weights by nncf
     python convert.py openvino-clip DIR          DIR/ov-{bf16,int8}: the layers that a LLaVA uses (all but the last)
     python convert.py ctranslate2 DIR            DIR/ct2-int8
+    python convert.py onnx DIR                   DIR/onnx-{int8,int4-32}.onnx: PyTorch's export, weights by onnxruntime's quantisers
+    python convert.py onnx-clip DIR              DIR/onnx-{f32,int8}.onnx
 
 Every matrix is quantised, the embedding and the head too (llama.cpp: --pure; nncf: all_layers), so that all read the same bits.
 """
@@ -13,6 +16,9 @@ import argparse
 import json
 import pathlib
 import shutil
+import sys
+
+sys.path.append(str(pathlib.Path(__file__).resolve().parent / "workers"))
 
 
 def gguf(folder, args):
@@ -20,7 +26,8 @@ def gguf(folder, args):
     import torch
     from safetensors.torch import load_file
     c = json.loads((folder / "config.json").read_text())
-    t = load_file(folder / "model.safetensors")
+    c = c.get("text_config", c)  # of a LLaVA: its decoder
+    t = {name.removeprefix("language_model."): x for name, x in load_file(folder / "model.safetensors").items()}
     w = g.GGUFWriter(folder / args.name, "llama")
     heads, kv_heads = c["num_attention_heads"], c["num_key_value_heads"]
     head_dim = c.get("head_dim") or c["hidden_size"] // heads
@@ -79,6 +86,52 @@ def quantize(folder, args):
             raise SystemExit(f"llama.cpp could not quantise to {name}")
 
 
+def mmproj(folder, args):
+    import gguf as g
+    import torch
+    from safetensors.torch import load_file
+    c = json.loads((folder / "config.json").read_text())
+    text, vision, t = c["text_config"], c["vision_config"], load_file(folder / "model.safetensors")
+    layers = vision["num_hidden_layers"] + 1 + c["vision_feature_layer"]  # the last ones are not used
+    for name in ("bf16", "q8_0"):
+        w = g.GGUFWriter(folder / f"mmproj-{name}.gguf", "clip")
+        w.add_bool("clip.has_vision_encoder", True)
+        w.add_string("clip.projector_type", "mlp")
+        w.add_bool("clip.use_gelu", False)
+        for key, value in (("image_size", vision["image_size"]), ("patch_size", vision["patch_size"]), ("embedding_length", vision["hidden_size"]),
+                           ("feed_forward_length", vision["intermediate_size"]), ("projection_dim", text["hidden_size"]), ("block_count", layers),
+                           ("attention.head_count", vision["num_attention_heads"])):
+            w.add_uint32(f"clip.vision.{key}", value)
+        w.add_float32("clip.vision.attention.layer_norm_epsilon", vision["layer_norm_eps"])
+        w.add_array("clip.vision.image_mean", [0.48145466, 0.4578275, 0.40821073])
+        w.add_array("clip.vision.image_std", [0.26862954, 0.26130258, 0.27577711])
+
+        def add(target, source):
+            x = t[source].float().numpy()
+            if x.ndim != 2 or "embedding" in source:
+                w.add_tensor(target, x.astype("float16") if x.ndim == 4 else x)
+                return
+            kind = g.GGMLQuantizationType[name.upper()]
+            w.add_tensor(target, g.quants.quantize(x, kind), raw_dtype=kind)
+
+        v = "vision_tower.vision_model."
+        add("v.class_embd", v + "embeddings.class_embedding")
+        add("v.patch_embd.weight", v + "embeddings.patch_embedding.weight")
+        add("v.position_embd.weight", v + "embeddings.position_embedding.weight")
+        pairs = [("v.pre_ln", v + "pre_layrnorm"), ("mm.0", "multi_modal_projector.linear_1"), ("mm.2", "multi_modal_projector.linear_2")]
+        for i in range(layers):
+            pairs += [(f"v.blk.{i}.{a}", f"{v}encoder.layers.{i}.{b}") for a, b in (
+                ("attn_q", "self_attn.q_proj"), ("attn_k", "self_attn.k_proj"), ("attn_v", "self_attn.v_proj"), ("attn_out", "self_attn.out_proj"),
+                ("ln1", "layer_norm1"), ("ln2", "layer_norm2"), ("ffn_up", "mlp.fc1"), ("ffn_down", "mlp.fc2"))]
+        for target, source in pairs:
+            for part in ("weight", "bias"):
+                add(f"{target}.{part}", f"{source}.{part}")
+        w.write_header_to_file()
+        w.write_kv_data_to_file()
+        w.write_tensors_to_file()
+        w.close()
+
+
 def compress(model, bits, group):
     import nncf
     if bits == 8:
@@ -105,25 +158,10 @@ def openvino_clip(folder, args):
     import nncf
     import openvino as ov
     import torch
-    from transformers import CLIPVisionModel
-
-    class Features(torch.nn.Module):  # what a LLaVA takes: the state before the last layer
-        def __init__(self):
-            super().__init__()
-            model = CLIPVisionModel.from_pretrained(folder, dtype=torch.float32).eval()
-            self.vision = getattr(model, "vision_model", model)
-            self.vision.encoder.layers = self.vision.encoder.layers[:-1]
-
-        def forward(self, pixels):
-            x = self.vision.pre_layrnorm(self.vision.embeddings(pixels))
-            for layer in self.vision.encoder.layers:
-                x = layer(x, None)
-                x = x[0] if isinstance(x, tuple) else x
-            return x
-
+    from clip_features import Features
     c = json.loads((folder / "config.json").read_text())
     shape = [1, 3, c["image_size"], c["image_size"]]
-    model = ov.convert_model(Features(), example_input=torch.randn(*shape), input=[ov.PartialShape(shape)])
+    model = ov.convert_model(Features(folder, torch.float32), example_input=torch.randn(*shape), input=[ov.PartialShape(shape)])
     for name in ("bf16", "int8", "int8-static"):
         (folder / f"ov-{name}").mkdir(exist_ok=True)
     ov.save_model(model, folder / "ov-bf16/openvino_model.xml", compress_to_fp16=True)
@@ -140,9 +178,75 @@ def ctranslate2(folder, args):
     c.converters.TransformersConverter(str(folder), low_cpu_mem_usage=True).convert(str(folder / "ct2-int8"), quantization="int8", force=True)
 
 
+def onnx_int8(source, target):
+    """Weights in int8 with a scale per output, activations with one scale per tensor that is found at each call."""
+    import onnx as o
+    from onnxruntime.quantization import QuantType, quantize_dynamic
+    model = o.load(source, load_external_data=False)
+    del model.graph.value_info[:]  # the exporter's, which its own optimiser has made untrue in places
+    o.save(model, source)
+    quantize_dynamic(str(source), str(target), weight_type=QuantType.QInt8, per_channel=True, use_external_data_format=True,
+                     op_types_to_quantize=["MatMul", "Gemm"])
+
+
+def onnx(folder, args):
+    import onnx as o
+    import torch
+    import torch.nn.functional as F
+    from onnxruntime.quantization.matmul_nbits_quantizer import DefaultWeightOnlyQuantConfig, MatMulNBitsQuantizer
+    from pytorch import Llama
+
+    class Decoder(Llama):
+        """ids [1, n] behind the `held` positions of each layer's keys and values: logits of the last, and all keys and values."""
+
+        def forward(self, ids, keys_and_values):
+            n, held = ids.shape[1], keys_and_values[0].shape[2]
+            cos, sin = self.cos[held:held + n], self.sin[held:held + n]
+            seen = torch.arange(held + n)[None, :] <= torch.arange(held, held + n)[:, None]
+            x, out = self.embedding[ids[0]], []
+            for i, layer in enumerate(self.layers):
+                qkv = layer.qkv(F.rms_norm(x, (self.hidden,), layer.norm1, self.eps)).view(1, n, -1, self.dim).transpose(1, 2)
+                q, k, v = qkv.split([self.heads, self.kv_heads, self.kv_heads], 1)
+                k = torch.cat([keys_and_values[2 * i], self.rotate(k, cos, sin)], 2)
+                v = torch.cat([keys_and_values[2 * i + 1], v], 2)
+                out += [k, v]
+                groups = self.rotate(q, cos, sin).view(1, self.kv_heads, -1, n, self.dim)
+                scores = groups @ k[:, :, None].transpose(3, 4) * self.dim**-0.5
+                y = scores.masked_fill(~seen, -1e9).softmax(-1) @ v[:, :, None]
+                x = x + layer.out(y.reshape(1, self.heads, n, self.dim).transpose(1, 2).reshape(n, -1))
+                gate, up = layer.gate_up(F.rms_norm(x, (self.hidden,), layer.norm2, self.eps)).split(self.intermediate, -1)
+                x = x + layer.down(F.silu(gate) * up)
+            return self.head(F.rms_norm(x[-1:], (self.hidden,), self.norm, self.eps)), out
+
+    model = Decoder(folder, "f32", 2, 8192).eval()
+    held = [torch.zeros(1, model.kv_heads, 5, model.dim) for _ in range(2 * len(model.layers))]
+    n, before = torch.export.Dim("n", min=1, max=4096), torch.export.Dim("held", min=0, max=4096)
+    with torch.no_grad():
+        program = torch.onnx.export(model, (torch.ones(1, 7, dtype=torch.int64), held), dynamo=True, opset_version=20,
+                                    dynamic_shapes={"ids": {1: n}, "keys_and_values": [{2: before} for _ in held]})
+    program.save(str(folder / "onnx-f32.onnx"), external_data=True)
+    del model, program
+    onnx_int8(folder / "onnx-f32.onnx", folder / "onnx-int8.onnx")
+    # accuracy_level 4: products of bytes.
+    four = MatMulNBitsQuantizer(o.load(folder / "onnx-f32.onnx"), algo_config=DefaultWeightOnlyQuantConfig(block_size=32, is_symmetric=True, accuracy_level=4))
+    four.process()
+    four.model.save_model_to_file(str(folder / "onnx-int4-32.onnx"), use_external_data_format=True)
+
+
+def onnx_clip(folder, args):
+    import torch
+    from clip_features import Features
+    side = json.loads((folder / "config.json").read_text())["image_size"]
+    with torch.no_grad():
+        program = torch.onnx.export(Features(folder, torch.float32).eval(), (torch.randn(1, 3, side, side),), dynamo=True, opset_version=20)
+    program.save(str(folder / "onnx-f32.onnx"), external_data=True)
+    onnx_int8(folder / "onnx-f32.onnx", folder / "onnx-int8.onnx")
+
+
 def main():
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    kinds = {"gguf": gguf, "quantize": quantize, "openvino": openvino, "openvino-clip": openvino_clip, "ctranslate2": ctranslate2}
+    kinds = {"gguf": gguf, "quantize": quantize, "mmproj": mmproj, "openvino": openvino, "openvino-clip": openvino_clip, "ctranslate2": ctranslate2,
+             "onnx": onnx, "onnx-clip": onnx_clip}
     parser.add_argument("kind", choices=kinds)
     parser.add_argument("folder", type=pathlib.Path)
     parser.add_argument("--name", default="model-bf16.gguf", help="gguf, quantize: the file of unquantised weights")

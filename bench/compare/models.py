@@ -1,7 +1,7 @@
-"""Speed of whole models against llama.cpp, OpenVINO, PyTorch and CTranslate2.
+"""Speed of whole models against llama.cpp, ik_llama.cpp, OpenVINO, PyTorch, CTranslate2 and onnxruntime.
 
 Each program is a process of its own that waits for a line before every round, so that rounds are taken in turns and none spins while another
-is timed. DIR is what install.sh and make_models.py made: DIR/{bin,llama,llama-avx2}, DIR/models. What each computes for the same prompt is
+is timed. DIR is what install.sh and make_models.py made: DIR/{bin,llama,llama-avx2,ik}, DIR/models. What each computes for the same prompt is
 compared with f32 before anything is timed. The bandwidth probe is taken before each round.
 """
 
@@ -89,6 +89,13 @@ class Setup:
 
     def ctranslate2(self):
         return Worker([self.python, HERE / "workers/ctranslate.py", self.model / "ct2-int8", "--threads", self.args.threads])
+
+    def onnx(self, name, folder=None):
+        return Worker([self.python, HERE / "workers/onnx_runtime.py", (folder or self.model) / f"onnx-{name}.onnx", "--threads", self.args.threads])
+
+    def ik(self, name, context=1024, sequences=1, flash=True):
+        """Weights laid out anew at load (-rtr of its programs)."""
+        return Worker([self.peers / "ik/ik_llama", self.model / f"model-{name}.gguf", self.args.threads, context, 512, sequences, int(flash), 1])
 
     # ---- outputs before times -----------------------------------------------------------------------------------------------
 
@@ -188,7 +195,11 @@ def language(s, row, precisions, peers, isa=None):
         s.check_ours(p, isa)
     started = {}
     for name, (format_, start, tokens) in peers.items():
-        worker = start()
+        try:
+            worker = start()
+        except (OSError, RuntimeError) as error:
+            print(f"    {name} is left out: {error}", flush=True)
+            continue
         s.check(name, format_, worker, s.ids(s.prompt))
         started[name] = (worker, tokens)
     lengths = ["-p", s.prompt, "-n", s.args.tokens]
@@ -199,6 +210,8 @@ def four_bit(s):
     n = s.args.tokens
     language(s, "4-bit, blocks of 32", ["q4"], {
         "llama.cpp Q4_0": ("q4_0", lambda: s.llama("q4_0", "--flash", "on"), n),
+        "ik_llama.cpp Q4_0": ("q4_0", lambda: s.ik("q4_0"), n),
+        "onnxruntime int4 32": ("int4", lambda: s.onnx("int4-32"), n // 4),
         "OpenVINO int4 32": ("int4", lambda: s.openvino("int4-32", "--group", "32"), n // 4)})
 
 
@@ -213,6 +226,8 @@ def eight_bit(s):
         "torch int8": ("int8", lambda: s.pytorch("int8", "--context", s.prompt + 128), n // 4),
         "OpenVINO int8": ("int8", lambda: s.openvino("int8"), n // 4),
         "CTranslate2 int8": ("int8", s.ctranslate2, n // 4),
+        "onnxruntime int8": ("int8", lambda: s.onnx("int8"), n // 4),
+        "ik_llama.cpp Q8_0": ("q8_0", lambda: s.ik("q8_0"), n),
         "llama.cpp Q8_0": ("q8_0", lambda: s.llama("q8_0", "--flash", "on"), n)})
 
 
@@ -293,38 +308,47 @@ def clip(s):
         show(f"m2lm {precision}", load_file(dump)["features"])
         return s.ours(precision, "--clip", model=s.clip)
 
-    encode = lambda w: w.ask(do="encode", pixels=str(pixels))["seconds"] * 1e3
-    mine = lambda w: w.ask("clip")["seconds"] * 1e3
-    torch_ = peer("torch bf16", Worker([s.python, HERE / "workers/pytorch_clip.py", s.clip, "--threads", s.args.threads]))
-    workers = {"m2lm bf16": own("bf16")}
-    theirs = {"OpenVINO bf16": peer("OpenVINO bf16", s.openvino("bf16", "--clip", folder=s.clip)), "torch bf16": torch_}
-    s.rounds("CLIP L/14-336, bf16", {**{n: (False, lambda w=w: mine(w)) for n, w in workers.items()},
-                                    **{n: (True, lambda w=w: encode(w)) for n, w in theirs.items()}}, "ms", smaller_is_better=True)
-    for w in [*workers.values(), *theirs.values()]:
-        w.close()
-    workers = {f"m2lm {p}": own(p) for p in ("w8a8", "q8")}
-    theirs = {"OpenVINO int8, static": peer("OpenVINO int8, static", s.openvino("int8-static", "--clip", folder=s.clip)),
-              "OpenVINO int8 weights": peer("OpenVINO int8 weights", s.openvino("int8", "--clip", folder=s.clip))}
-    s.rounds("CLIP L/14-336, 8-bit", {**{n: (False, lambda w=w: mine(w)) for n, w in workers.items()},
-                                     **{n: (True, lambda w=w: encode(w)) for n, w in theirs.items()}}, "ms", smaller_is_better=True)
-    for w in [*workers.values(), *theirs.values()]:
-        w.close()
+    torch_ = lambda *options: Worker([s.python, HERE / "workers/pytorch_clip.py", s.clip, "--threads", s.args.threads, *options])
+    openvino = lambda name: s.openvino(name, "--clip", folder=s.clip)
+    onnx = lambda name: s.onnx(name, folder=s.clip)
+    for row, precisions, peers in (
+            ("bf16", ["bf16"], {"OpenVINO bf16": lambda: openvino("bf16"), "torch bf16": torch_, "onnxruntime f32": lambda: onnx("f32")}),
+            ("8-bit", ["w8a8", "q8"], {"OpenVINO int8, static": lambda: openvino("int8-static"), "OpenVINO int8 weights": lambda: openvino("int8"),
+                                       "torch int8": lambda: torch_("--format", "int8"), "onnxruntime int8": lambda: onnx("int8")})):
+        ours = {f"m2lm {p}": own(p) for p in precisions}
+        theirs = {name: peer(name, start()) for name, start in peers.items()}
+        candidates = {n: (False, lambda w=w: w.ask("clip")["seconds"] * 1e3) for n, w in ours.items()}
+        candidates |= {n: (True, lambda w=w: w.ask(do="encode", pixels=str(pixels))["seconds"] * 1e3) for n, w in theirs.items()}
+        s.rounds(f"CLIP L/14-336, {row}", candidates, "ms", smaller_is_better=True)
+        for w in [*ours.values(), *theirs.values()]:
+            w.close()
 
 
 def picture(s):
-    """A picture and 33 tokens in, the first token out: 576 + 33 positions. OpenVINO's parts one after the other, without a projector."""
-    llava = s.peers / "models/llava-1.1b"
-    if not llava.exists():
-        subprocess.run([s.args.bench, "--random", "llava-1.1b", "--write-checkpoint", llava], check=True)
+    """A picture and 33 tokens in, the first token out: 576 + 33 positions. OpenVINO's parts one after the other, without a projector; llama.cpp by what
+    llama-mtmd-cli does."""
+    llava, n = s.peers / "models/llava-1.1b", 33
     pixels, _ = clip_reference(s)
-    ids = s.ids(576 + 33)
-    ours = s.ours("q4", "--picture", "--text-tokens", "33", model=llava)
+    ids, noise = s.ids(576 + n), s.scratch / "noise.npy"
+    np.save(noise, np.random.default_rng(1).integers(0, 256, (336, 336, 3), dtype=np.uint8))
+    reference = s.scratch / "picture.npy"
+    subprocess.run([s.python, HERE / "workers/transformers_llava.py", llava, noise, ",".join(map(str, ids[:n])), reference], check=True)
+    ours = s.ours("q4", "--picture", "--text-tokens", str(n), model=llava)
     eye = s.openvino("int8-static", "--clip", folder=s.clip)
     text = s.openvino("int4-32", "--group", "32")
     both = lambda: (eye.ask(do="encode", pixels=str(pixels))["seconds"] + text.ask(do="prefill", ids=ids)["seconds"]) * 1e3
-    s.rounds("picture + 33 tokens, 4-bit", {"m2lm q4": (False, lambda: ours.ask("picture")["seconds"] * 1e3),
-                                            "OpenVINO int8 + int4": (True, both)}, "ms", smaller_is_better=True)
-    for w in (ours, eye, text):
+    candidates = {"m2lm q4": (False, lambda: ours.ask("picture")["seconds"] * 1e3), "OpenVINO int8 + int4": (True, both)}
+    workers = [ours, eye, text]
+    for encoder in ("q8_0", "bf16"):
+        worker = Worker([s.peers / "llama/bin/python", HERE / "workers/llama_cpp.py", llava / "model-q4_0.gguf", "--threads", s.args.threads, "--flash", "on",
+                         "--batch", "1024", "--mmproj", llava / f"mmproj-{encoder}.gguf"])
+        name, logits = f"llama.cpp mtmd {encoder} + Q4_0", s.scratch / "logits.npy"
+        worker.ask(do="picture", picture=str(noise), ids=ids[:n], logits=str(logits))
+        s.compare(name, "q4_0", np.load(logits), np.load(reference))
+        candidates[name] = (True, lambda w=worker: w.ask(do="picture", picture=str(noise), ids=ids[:n])["seconds"] * 1e3)
+        workers.append(worker)
+    s.rounds(f"picture + {n} tokens, 4-bit", candidates, "ms", smaller_is_better=True)
+    for w in workers:
         w.close()
 
 

@@ -1,5 +1,7 @@
 // The ops of Cpu by Google Benchmark, named op/format/shape; one thread unless M2LM_BENCH_THREADS says how many. M2LM_MAX_ISA caps the level.
 // Built with -DM2LM_BENCH=ON: `build/dev/bin/bench_ops --benchmark_filter=linear/q4`. Rates are of arithmetic (FLOP/s) or memory (bytes/s).
+#include "../workload.hpp"
+
 #include <m2lm/core.hpp>
 
 #include <benchmark/benchmark.h>
@@ -14,33 +16,21 @@
 namespace {
 
 using namespace m2lm;
+using workload::Machine;
+using workload::matrix;
+using workload::values;
 
 int threads() {
   const char* value = std::getenv("M2LM_BENCH_THREADS");
   return value != nullptr ? std::atoi(value) : 1;
 }
 
-struct Machine {
-  Cpu cpu{{.threads = threads()}};
-  Arena arena;
-  Context<Cpu> ctx{cpu, arena};
-};
-
-Tensor<float> values(std::int64_t rows, std::int64_t columns, std::uint64_t seed) {
-  Tensor<float> out(Shape{rows, columns});
-  Rng rng(seed);
-  for (float& x : out.span()) x = static_cast<float>(2 * rng.uniform() - 1);
-  return out;
-}
-
-Matrix<const float> matrix(const Tensor<float>& t) { return t.view<2>(); }
-
 void count(benchmark::State& state, const char* what, double per_iteration) {
   state.counters[what] = benchmark::Counter(per_iteration, benchmark::Counter::kIsIterationInvariantRate);
 }
 
 void linear(benchmark::State& state, DType format, std::int64_t m, std::int64_t n, std::int64_t k) {
-  Machine machine;
+  Machine machine({.threads = threads()});
   const AnyTensor source(values(n, k, 1));
   const PackedMatrix w = ops::pack(machine.ctx, std::span(&source, 1), format);
   const Tensor<float> x = values(m, k, 2);
@@ -58,7 +48,7 @@ struct Heads {
 
 /// `tokens` queries, the last of `keys` positions when causal.
 void attention(benchmark::State& state, DType format, std::int64_t tokens, std::int64_t keys, const Heads& heads, bool causal) {
-  Machine machine;
+  Machine machine({.threads = threads()});
   const KeyValuesPlan plan = ops::plan_key_values(machine.ctx, format, heads.kv_heads, heads.head_dim, keys);
   std::vector<std::byte> of_keys(plan.bytes), of_values(plan.bytes);
   const KeyValues kv{format, heads.kv_heads, heads.head_dim, plan.capacity, of_keys.data(), of_values.data()};
@@ -75,7 +65,7 @@ void attention(benchmark::State& state, DType format, std::int64_t tokens, std::
 }
 
 void rows(benchmark::State& state, bool rope, std::int64_t count_of_rows, std::int64_t columns) {
-  Machine machine;
+  Machine machine({.threads = threads()});
   const Tensor<float> x = values(count_of_rows, columns, 1), weight = values(1, columns, 2), angles = values(count_of_rows, 32, 3);
   Tensor<float> y = x.clone();
   for (auto _ : state) {

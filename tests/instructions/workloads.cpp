@@ -1,5 +1,7 @@
 // Small fixed workloads whose instructions check_instructions.py counts: one thread, fixed seeds. usage: instruction_workloads NAME
 // Everything before the call of m2lm_counted_work is set-up and is not counted. Exit status 77: the level that is counted is not there.
+#include "../../bench/workload.hpp"
+
 #include <m2lm/core.hpp>
 #include <m2lm/io/image.hpp>
 #include <m2lm/io/image_processor.hpp>
@@ -22,21 +24,9 @@ extern "C" [[gnu::noinline]] void m2lm_counted_work(m2lm::FunctionRef<void()> wo
 namespace {
 
 using namespace m2lm;
-
-Tensor<float> values(std::int64_t rows, std::int64_t columns, std::uint64_t seed) {
-  Tensor<float> out(Shape{rows, columns});
-  Rng rng(seed);
-  for (float& x : out.span()) x = static_cast<float>(2 * rng.uniform() - 1);
-  return out;
-}
-
-Matrix<const float> matrix(const Tensor<float>& t) { return t.view<2>(); }
-
-struct Machine {
-  Cpu cpu{{.threads = 1, .max_isa = IsaLevel::avx2}};
-  Arena arena;
-  Context<Cpu> ctx{cpu, arena};
-};
+using workload::Machine;
+using workload::matrix;
+using workload::values;
 
 /// 64 rows of 512 normalised, and 8 heads of 64 rotated.
 void rows(Machine& machine) {
@@ -101,7 +91,7 @@ void inputs() {
 
 int main(int argc, char** argv) {
   const std::string_view name = argc == 2 ? argv[1] : "";
-  Machine machine;
+  Machine machine({.threads = 1, .max_isa = IsaLevel::avx2});
   if (machine.cpu.isa() != IsaLevel::avx2) {
     std::printf("SKIPPED: no avx2 here\n");
     return 77;

@@ -1,5 +1,9 @@
 #!/usr/bin/env python3
-"""llama.cpp through the low-level bindings of llama-cpp-python: MODEL.gguf [--flash auto|on|off] [--context N]."""
+"""llama.cpp through the low-level bindings of llama-cpp-python: MODEL.gguf [--flash auto|on|off] [--context N] [--mmproj FILE].
+
+With --mmproj the job "picture" takes what llama-mtmd-cli does through the same library (libmtmd): the picture is prepared and encoded, and the
+decoder takes its positions between the first token and the others.
+"""
 
 import argparse
 import ctypes
@@ -15,6 +19,9 @@ sys.path.insert(0, __file__.rsplit("/", 1)[0])
 from protocol import serve  # noqa: E402
 
 
+FLASH = {"auto": -1, "off": 0, "on": 1}
+
+
 class State:
     def __init__(self, args):
         l.llama_backend_init()
@@ -25,7 +32,7 @@ class State:
         c = l.llama_context_default_params()
         c.n_ctx, c.n_batch, c.n_ubatch, c.n_seq_max = args.context, args.batch, args.batch, args.sequences
         c.n_threads = c.n_threads_batch = args.threads
-        c.flash_attn_type = {"auto": -1, "off": 0, "on": 1}[args.flash]
+        c.flash_attn_type = FLASH[args.flash]
         c.kv_unified = args.unified
         c.no_perf = True
         self.context = l.llama_init_from_model(self.model, c)
@@ -34,6 +41,8 @@ class State:
         self.most = args.batch
         self.room = l.llama_batch_init(args.batch, 0, 1)
         self.stands = None  # what the cache holds
+        if args.mmproj:
+            self.mtmd = Pictures(args, self.model)
 
     def run(self, tokens):
         """tokens: (id, position, sequence, wanted)"""
@@ -62,6 +71,56 @@ class State:
         for s, ids in enumerate(prompts):
             self.prompt(ids, s)
         self.stands = prompts
+
+
+class Pictures:
+    def __init__(self, args, model):
+        import llama_cpp.mtmd_cpp as m
+        m.mtmd_log_set(QUIET, None)
+        p = m.mtmd_context_params_default()
+        p.use_gpu, p.print_timings, p.n_threads, p.warmup = False, False, args.threads, True
+        p.flash_attn_type = FLASH[args.flash]
+        self.m, self.context = m, m.mtmd_init_from_file(args.mmproj.encode(), model, p)
+        if not self.context:
+            raise SystemExit(f"llama.cpp cannot take {args.mmproj}")
+
+    def chunk(self, picture):
+        """picture [height, width, 3] of bytes, prepared for the encoder."""
+        height, width, _ = picture.shape
+        bitmap = self.m.mtmd_bitmap_init(width, height, picture.ctypes.data_as(ctypes.POINTER(ctypes.c_uint8)))
+        part, chunks = self.m.mtmd_input_part(None, bitmap), self.m.mtmd_input_chunks_init()
+        if self.m.mtmd_tokenize_from_parts(self.context, chunks, (ctypes.POINTER(self.m.mtmd_input_part) * 1)(ctypes.pointer(part)), 1, False) != 0:
+            raise SystemExit("mtmd_tokenize_from_parts failed")
+        return bitmap, chunks
+
+    def run(self, state, picture):
+        """Encodes the picture and lets the decoder take it behind one token."""
+        bitmap, chunks = self.chunk(picture)
+        after = l.llama_pos(1)
+        for i in range(self.m.mtmd_input_chunks_size(chunks)):
+            chunk = self.m.mtmd_input_chunks_get(chunks, i)
+            if self.m.mtmd_encode_chunk(self.context, chunk) != 0 or self.m.mtmd_helper_decode_image_chunk(
+                    self.context, state.context, chunk, self.m.mtmd_get_output_embd(self.context), after, 0, state.most, ctypes.byref(after), NOTHING, None) != 0:
+                raise SystemExit("the picture could not be encoded")
+        self.m.mtmd_input_chunks_free(chunks)
+        self.m.mtmd_bitmap_free(bitmap)
+        return after.value
+
+
+def picture(s, request):
+    ids, pixels = request["ids"], np.load(request["picture"])
+    s.stands = None
+    l.llama_memory_clear(s.memory, True)
+    start = time.perf_counter()
+    s.run([(ids[0], 0, 0, False)])
+    after = s.mtmd.run(s, pixels)
+    s.run([(t, after + i, 0, i + 2 == len(ids)) for i, t in enumerate(ids[1:])])
+    l.llama_synchronize(s.context)
+    logits = s.logits()
+    seconds = time.perf_counter() - start
+    if "logits" in request:
+        np.save(request["logits"], logits)
+    return {"seconds": seconds, "positions": after}
 
 
 def prefill(s, request):
@@ -111,17 +170,18 @@ def main():
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("model")
     parser.add_argument("--threads", type=int, default=2)
-    parser.add_argument("--flash", choices=["auto", "on", "off"], default="auto")
+    parser.add_argument("--flash", choices=FLASH, default="auto")
     parser.add_argument("--context", type=int, default=1024)
     parser.add_argument("--batch", type=int, default=512)
     parser.add_argument("--sequences", type=int, default=1)
+    parser.add_argument("--mmproj", help="the encoder and projector of pictures")
     parser.add_argument("--unified", action="store_true", help="one key-value buffer for all sequences")
     parser.add_argument("--system-info", action="store_true")
     args = parser.parse_args()
     if args.system_info:
         print(l.llama_print_system_info().decode())
         return
-    serve(lambda: State(args), {"prefill": prefill, "decode": decode, "batch": batch, "all_logits": all_logits})
+    serve(lambda: State(args), {"prefill": prefill, "decode": decode, "batch": batch, "all_logits": all_logits, "picture": picture})
 
 
 if __name__ == "__main__":

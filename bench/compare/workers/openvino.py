@@ -12,7 +12,7 @@ import openvino as ov  # noqa: E402
 import openvino.opset13 as op  # noqa: E402
 
 sys.path.insert(0, __file__.rsplit("/", 1)[0])
-from protocol import serve  # noqa: E402
+from protocol import encode, serve  # noqa: E402
 
 
 def only_last_logits(model):
@@ -85,15 +85,12 @@ def decode(s, request):
     return batch(s, {"prompts": [request["ids"]], "n": request["n"]})
 
 
-def encode(s, request):
-    pixels = np.load(request["pixels"])
-    start = time.perf_counter()
-    s.request.infer([pixels], share_inputs=True)
-    features = s.request.get_output_tensor(0).data
-    seconds = time.perf_counter() - start
-    if "features" in request:
-        np.save(request["features"], features[0].astype(np.float32))
-    return seconds
+def encode_picture(s, request):
+    def run(pixels):
+        s.request.infer([pixels], share_inputs=True)
+        return s.request.get_output_tensor(0).data
+
+    return encode(request, lambda pixels: pixels, run, lambda data: data[0].astype(np.float32))
 
 
 def main():
@@ -105,7 +102,7 @@ def main():
     parser.add_argument("--kv", default="")
     parser.add_argument("--clip", action="store_true")
     args = parser.parse_args()
-    serve(lambda: State(args), {"prefill": prefill, "decode": decode, "batch": batch, "encode": encode})
+    serve(lambda: State(args), {"prefill": prefill, "decode": decode, "batch": batch, "encode": encode_picture})
 
 
 if __name__ == "__main__":

@@ -2,8 +2,7 @@
 """PyTorch: FOLDER of a Hugging Face checkpoint, --format bf16|int8|int4-32|int4-128, compiled and frozen unless --eager.
 
 LLaMA is written out here with what PyTorch offers for a CPU (oneDNN's linear layers, scaled_dot_product_attention, a static key-value cache),
-so that torch.compile sees one graph. int8: int8 x int8 through oneDNN (onednn::qlinear), one scale per output row and one per activation tensor;
-with one row, weights alone in int8 (aten::_weight_int8pack_mm). int4: aten::_weight_int4pack_mm_for_cpu, activations in bf16.
+so that torch.compile sees one graph. int8: torch_int8.py. int4: aten::_weight_int4pack_mm_for_cpu, activations in bf16.
 """
 
 import argparse
@@ -19,25 +18,7 @@ from safetensors.torch import load_file
 
 sys.path.insert(0, __file__.rsplit("/", 1)[0])
 from protocol import serve  # noqa: E402
-
-
-class Int8(torch.nn.Module):
-    def __init__(self, w, rows):
-        super().__init__()
-        scale = w.float().abs().amax(1) / 127
-        q = (w.float() / scale[:, None]).round().clamp(-127, 127).to(torch.int8)
-        self.register_buffer("scale", scale)
-        self.register_buffer("zeros", torch.zeros(len(w), dtype=torch.int64))
-        self.register_buffer("narrow", q if rows == 1 else None)
-        self.register_buffer("packed", torch.ops.onednn.qlinear_prepack(q, [rows, w.shape[1]]) if rows > 1 else None)
-
-    def forward(self, x):
-        if self.narrow is not None:
-            return torch.ops.aten._weight_int8pack_mm(x.view(-1, x.shape[-1]), self.narrow, self.scale.to(torch.bfloat16))
-        step = x.abs().amax().float() / 127
-        q = (x.float() / step).round().to(torch.int8)
-        return torch.ops.onednn.qlinear_pointwise.tensor(q, step.view(1), torch.zeros(1, dtype=torch.int64), self.packed, self.scale, self.zeros, None, 1.0, 0,
-                                                  torch.bfloat16, "none", [], "")
+from torch_int8 import Int8  # noqa: E402
 
 
 class Int4(torch.nn.Module):
