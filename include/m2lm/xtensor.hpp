@@ -35,13 +35,16 @@ Image to_image(const E& expression) {
   require<InputError>((shape.rank() == 2 || shape.rank() == 3) && (channels == 1 || channels == 3 || channels == 4) && shape.elements() != 0,
                       "m2lm::to_image: a picture is [height, width] or [height, width, 1, 3 or 4 channels], this is ", shape.string(),
                       ": xt::transpose(x, {1, 2, 0}) puts the channels last");
+  // Assigned and not asked for element by element: xtensor's views of an extent of 1 are broadcast in assignments only.
+  const auto values = to_tensor(expression);
+  const T* next = values.data();
   Image out{.width = shape[1], .height = shape[0], .pixels = {}};
   out.pixels.reserve(static_cast<std::size_t>(3 * out.width * out.height));
   for (std::int64_t y = 0; y < out.height; ++y)
     for (std::int64_t x = 0; x < out.width; ++x)
-      for (std::int64_t c = 0; c < (channels == 1 ? 1 : 3); ++c) {
-        std::array<std::size_t, 3> index{static_cast<std::size_t>(y), static_cast<std::size_t>(x), static_cast<std::size_t>(c)};
-        const T value = expression.element(index.begin(), index.begin() + shape.rank());
+      for (std::int64_t c = 0; c < channels; ++c) {
+        const T value = *next++;
+        if (c == 3) continue;  // alpha
         constexpr T most = static_cast<T>(std::is_floating_point_v<T> ? 1 : sizeof(T) == 1 ? 127 : 255);
         if constexpr (!std::is_same_v<T, std::uint8_t>)
           require<InputError>(value >= T{0} && value <= most, "m2lm::to_image: the value ", value, " at row ", y, ", column ", x, ", channel ", c,
@@ -80,6 +83,21 @@ Image center_crop(const E& expression, std::int64_t width, std::int64_t height) 
 template <XtensorExpression E>
 Image pad_to_square(const E& expression, std::array<std::uint8_t, 3> fill) {
   return pad_to_square(to_image(expression), fill);
+}
+/// The picture, or the expression of one, with `fill` in every pixel whose mask is true. The mask is any expression of bool, [height, width] or
+/// [height, width, 1], computed once: pixels > 127, xt::isnan(depth). throws InputError for another shape.
+template <class Picture, XtensorExpression M>
+  requires(XtensorExpression<Picture> || std::is_same_v<Picture, Image>)
+Image masked_fill(const Picture& picture, const M& mask, std::array<std::uint8_t, 3> fill) {
+  static_assert(std::is_same_v<typename M::value_type, bool>, "m2lm::masked_fill: a mask is an expression of bool, such as pixels > 127");
+  const Tensor<bool> values = to_tensor(mask);
+  const Shape& shape = values.shape();
+  require<InputError>(shape.rank() == 2 || (shape.rank() == 3 && shape[2] == 1), "m2lm::masked_fill: a mask is [height, width], this one ", shape.string());
+  const Matrix<const bool> view(values.data(), {shape[0], shape[1]});
+  if constexpr (XtensorExpression<Picture>)
+    return masked_fill(to_image(picture), view, fill);
+  else
+    return masked_fill(picture, view, fill);
 }
 /// save_png(path, to_image(expression)).
 template <XtensorExpression E>

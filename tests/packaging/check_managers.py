@@ -2,7 +2,7 @@
 """The package as package managers hand it on. Nothing is downloaded but Conan itself, from PyPI, where no conan is installed.
 
 conan     `conan create`, with the recipes it requires replaced by stubs of the system's libraries; one package id for all settings
-vcpkg     the overlay port: what its files may say, the tree it installs, what lint refuses, and a program that builds against it
+vcpkg     the overlay port: what its files may say, the trees it installs, what lint refuses, and a program that builds against it
 versions  header, CMake, Conan, vcpkg and the list of changes name one version
 """
 
@@ -103,7 +103,14 @@ def check_vcpkg(package):
         return package.run(package.cmake, f"-DPORT_DIRECTORY={directory}", f"-DWORK={package.work / 'vcpkg'}", *arguments, "-P", HERE / "vcpkg_shim.cmake",
                            **kwargs)
 
-    shim(port, "-DFEATURES=tools", "-DHEADERS_ONLY=ON")
+    # The programs are compiled as part of the library's own build; here they are empty, and what is installed where is the question.
+    shim(port, "-DFEATURES=tools", env={"CXX": str(HERE / "stub_compiler.sh"), "M2LM_STUB_COMPILER": package.compiler, "M2LM_STUB_SOURCES": str(package.source)})
+    tools = package.work / "vcpkg" / "installed" / "x64-linux" / "tools" / "m2lm"
+    programs = {path.stem for path in (package.source / "examples").glob("m2lm-*.cpp")}
+    if {path.name for path in tools.iterdir()} != programs:
+        raise Failure(f"the feature tools installs {sorted(path.name for path in tools.iterdir())} instead of {sorted(programs)}")
+    for name in programs:
+        package.run(tools / name)
     shim(port, "-DFEATURES=telepathy", expect_failure="has no feature 'telepathy'")
     check_lint(package, port, shim)
     shim(port, "-DFEATURES=xtensor")

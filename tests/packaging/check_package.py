@@ -10,6 +10,8 @@ reexport          a library that links m2lm is installed, exported from its buil
 fetch_content     a program that declares m2lm with FetchContent, fully disconnected
 pkg_config        plain g++ with the flags of the .pc files of a moved install
 archive           what cpack packs is a prefix, wherever it is unpacked
+deb               what cpack packs for Debian is one package for all architectures, and a prefix
+presets           CMakePresets.json names no path, and what the tests do not build configures
 examples          the examples build as a project of their own
 xtensor_layouts   the headers of xtensor where 0.24 has them, and where 0.26 does
 gdb               the installed pretty printer, by gdb in batch mode
@@ -17,6 +19,7 @@ abi               two versions in one program keep apart, and objects that mix t
 """
 
 import argparse
+import json
 import os
 import pathlib
 import re
@@ -44,10 +47,10 @@ class Package:
         shutil.rmtree(self.work, ignore_errors=True)
         self.work.mkdir(parents=True)
 
-    def run(self, *command, expect_failure=None, env=None):
+    def run(self, *command, expect_failure=None, env=None, cwd=None):
         """Runs a command that must succeed, or must fail and say `expect_failure`."""
         command = [str(word) for word in command]
-        result = subprocess.run(command, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True, check=False,
+        result = subprocess.run(command, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True, check=False, cwd=cwd,
                                 env={**os.environ, **(env or {})})
         # CMake wraps its messages; compare them on one line.
         output = re.sub(r"\s+", " ", result.stdout)
@@ -95,6 +98,27 @@ def check_install(package):
     print(f"{len(installed)} files installed, no path of this machine in them")
 
 
+def configure_documents(package, *arguments_and_languages):
+    """Configures the blocks of CMake in the documents: as printed, behind what a project has before it gets to m2lm."""
+    *arguments, languages = arguments_and_languages
+    configured = []
+    for document in (package.source / "README.md", package.source / "CONTRIBUTING.md", *sorted((package.source / "docs").rglob("*.md"))):
+        for block in re.findall(r"^```cmake\n(.*?)^```", document.read_text(encoding="utf-8"), re.MULTILINE | re.DOTALL):
+            if ("CUDA" in block) != ("CUDA" in languages):
+                continue
+            project = package.work / f"document{len(configured)}"
+            project.mkdir()
+            for name in ("main.cpp", "vlm.hpp"):
+                (project / name).write_text("int main() {}\n" if name == "main.cpp" else "#pragma once\n", encoding="utf-8")
+            head = "cmake_minimum_required(VERSION 3.21)\n" + ("" if "project(" in block else "project(documented CXX)\nadd_executable(app main.cpp)\n")
+            (project / "CMakeLists.txt").write_text(head + block, encoding="utf-8")
+            package.run(package.cmake, "-G", "Ninja", "-S", project, "-B", project / "build", f"-DCMAKE_CXX_COMPILER={package.compiler}", *arguments)
+            configured.append(str(document.relative_to(package.source)))
+    if not configured:
+        raise Failure(f"no document has a block of CMake for {languages}")
+    print(f"configured: the blocks of CMake in {', '.join(configured)}")
+
+
 def check_find_package(package):
     prefix = package.install()
     found = f"-DCMAKE_PREFIX_PATH={prefix}"
@@ -113,6 +137,7 @@ def check_find_package(package):
     package.configure("find_package", "optional", found, "-DCMAKE_DISABLE_FIND_PACKAGE_xtensor=ON", "-DM2LM_USER_OPTIONAL=xtensor", parts=["core"])
     package.configure("find_package", "xtensor", found, parts=["xtensor"])
     package.configure("find_package", "core-only", found, *without_readers, parts=["core"])
+    configure_documents(package, found, "CXX")
     package.configure("find_package", "build", found, f"-DM2LM_USER_VERSION={major}.{minor}")
     package.build_and_run("build")
 
@@ -122,7 +147,7 @@ def check_cuda(package):
     found, no_toolkit = f"-DCMAKE_PREFIX_PATH={prefix}", "-DCMAKE_DISABLE_FIND_PACKAGE_CUDAToolkit=ON"
     package.configure("cuda", "no-toolkit", found, no_toolkit, "-DM2LM_USER_LANGUAGES=CXX",
                       expect_failure="m2lm::cuda needs what was not found: a CUDA toolkit")
-    package.configure("find_package", "without", found, no_toolkit)
+    package.configure("find_package", "without", found, no_toolkit, "-DM2LM_USER_OPTIONAL=cuda")
     if not package.nvcc:
         print("SKIPPED: no nvcc, so m2lm_instantiate was not called")
         return SKIPPED
@@ -135,8 +160,11 @@ def check_cuda(package):
         unit = package.work / "build" / "m2lm_instantiate" / name
         if str(unit) not in commands or str(HERE / "cuda" / "my_model.hpp") not in unit.read_text(encoding="utf-8"):
             raise Failure(f"{unit} is not what my_model is made of")
+    if not re.search(r"nvcc .*-std=c\+\+20 .*my_model_my__Vlm\.cu\b", commands):
+        raise Failure("the .cu is not compiled as C++20")
     if "TrainingKernelsOf<my::Vlm::Backend::Element>" not in (package.work / "build" / "m2lm_instantiate" / "my_model_my__Vlm.cu").read_text():
         raise Failure("TRAINING does not add the kernels of backward passes")
+    configure_documents(package, found, "CXX CUDA")
     print("my_model is made of a .cu and a .cpp that include my_model.hpp")
 
 
@@ -205,6 +233,52 @@ def check_archive(package):
     package.configure("find_package", "build", f"-DCMAKE_PREFIX_PATH={prefix}", parts=CHEAP)
     package.build_and_run("build", CHEAP)
     print(f"{archives[0].name} is a prefix")
+
+
+def check_deb(package):
+    if not shutil.which("dpkg-deb"):
+        print("SKIPPED: no dpkg-deb")
+        return SKIPPED
+    build = package.configure_without_compiler()
+    package.run("cpack", "-G", "DEB", "--config", build / "CPackConfig.cmake", "-B", package.work / "packed", env=NO_COMPILER)
+    (deb,) = (package.work / "packed").glob("*.deb")
+    version = re.search(r"^CMAKE_PROJECT_VERSION:STATIC=([\d.]+)", (build / "CMakeCache.txt").read_text(encoding="utf-8"), re.MULTILINE).group(1)
+    if deb.name != f"libm2lm-dev_{version}_all.deb":
+        raise Failure(f"cpack made {deb.name}")
+    control = dict(re.findall(r"^(\S+): (.*)$", package.run("dpkg-deb", "-f", deb), re.MULTILINE))
+    # What README's set-up command installs for those who build the library is what its users need, but for tools and the programs' CLI11.
+    needed = set(re.search(r"^packages=\((.+)\)$", (package.source / "tools/setup.sh").read_text(encoding="utf-8"), re.MULTILINE).group(1).split())
+    depends = {re.sub(r" \(.*", "", name) for name in control["Depends"].split(", ")}
+    if control["Architecture"] != "all" or depends != needed - {"g++", "cmake", "ninja-build", "libcli11-dev"}:
+        raise Failure(f"the package says {control}")
+    files = re.findall(r"^-\S+ .* \./(.+)$", package.run("dpkg-deb", "-c", deb), re.MULTILINE)
+    strays = [name for name in files if not name.startswith(("usr/include/m2lm/", "usr/share/"))]
+    if strays or len(files) < 100:
+        raise Failure(f"{len(files)} files, of them elsewhere: {strays}")
+    package.run("dpkg", "-x", deb, package.work / "root")
+    package.configure("find_package", "build", f"-DCMAKE_PREFIX_PATH={package.work / 'root' / 'usr'}", parts=CHEAP)
+    package.build_and_run("build", CHEAP)
+    print(f"{deb.name}: {len(files)} files")
+
+
+def check_presets(package):
+    text = (package.source / "CMakePresets.json").read_text(encoding="utf-8")
+    if re.search(r'"(?:/|~|[A-Za-z]:[\\/])', text):
+        raise Failure("CMakePresets.json names a path of a machine")
+    presets = json.loads(text)
+    listed = package.run(package.cmake, "-S", package.source, "--list-presets=all", cwd=package.source)
+    visible = {preset["name"] for preset in presets["configurePresets"] if not preset.get("hidden")}
+    described = set(re.findall(r"`([\w-]+)`", "".join(re.findall(r"^\| (`.+?) \|", (package.source / "CONTRIBUTING.md").read_text(encoding="utf-8"), re.MULTILINE))))
+    for kind in ("build", "test"):
+        described -= {preset["name"] for preset in presets[f"{kind}Presets"]} - visible
+    if described != visible or not visible <= set(re.findall(r'"([\w-]+)"', listed)):
+        raise Failure(f"CONTRIBUTING.md describes {sorted(described)}, cmake lists\n{listed}")
+    built = visible & set(re.findall(r"\bbuild ([\w-]+)", (package.source / "tools" / "test.sh").read_text(encoding="utf-8")))
+    without_nvcc = {name for name in visible if not name.startswith("cuda") or package.nvcc}
+    for name in sorted(without_nvcc - built):
+        package.run(package.cmake, "--preset", name, "-B", package.work / name, cwd=package.source)
+        print(f"configured: {name}")
+    print(f"{len(visible)} presets, built by tools/test.sh: {', '.join(sorted(built))}")
 
 
 def check_examples(package):

@@ -1,6 +1,5 @@
 # What vcpkg does with a port, as far as its documentation promises it to portfiles, and what its lint says of a header-only one.
-# cmake -DPORT_DIRECTORY=… -DWORK=… [-DFEATURES=a;b] [-DHEADERS_ONLY=ON] -P vcpkg_shim.cmake: leaves WORK/installed/TRIPLET.
-# HEADERS_ONLY: programs are configured, and neither built nor installed.
+# cmake -DPORT_DIRECTORY=… -DWORK=… [-DFEATURES=a;b] -P vcpkg_shim.cmake: leaves WORK/installed/TRIPLET. The compiler is that of $CXX.
 cmake_minimum_required(VERSION 3.21)
 get_filename_component(PORT "${PORT_DIRECTORY}" NAME)
 set(CURRENT_PORT_DIR "${PORT_DIRECTORY}")
@@ -52,10 +51,6 @@ function(vcpkg_cmake_configure)
 endfunction()
 
 function(vcpkg_cmake_install)
-  if(HEADERS_ONLY)
-    execute_process(COMMAND "${CMAKE_COMMAND}" --install "${CURRENT_BUILDTREES_DIR}" --component m2lm_Development OUTPUT_QUIET COMMAND_ERROR_IS_FATAL ANY)
-    return()
-  endif()
   execute_process(COMMAND "${CMAKE_COMMAND}" --build "${CURRENT_BUILDTREES_DIR}" --target install OUTPUT_QUIET COMMAND_ERROR_IS_FATAL ANY)
 endfunction()
 

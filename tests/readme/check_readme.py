@@ -1,7 +1,7 @@
 #!/usr/bin/env python3
 """The first program of README.md compiles as printed, header-only and without a warning, runs, and says something. Every other block of C++ in
 the documents is part of a source that is compiled anyway, or compiles here: as printed, or, without an #include, as
-members of a class or statements about a Vlm."""
+members of a class or statements about a Vlm. Every block says its language, so that none of C++ is overlooked."""
 
 import os
 import pathlib
@@ -34,10 +34,25 @@ def words(text):
     return " ".join(text.split())
 
 
+DOCUMENTS = (ROOT / "README.md", ROOT / "CONTRIBUTING.md", *sorted((ROOT / "docs").rglob("*.md")))
+LANGUAGES = {"cpp", "cmake", "sh", "text", "mermaid"}  # blocks in cmake are configured by packaging.find_package and packaging.cuda
+
+
+def blocks_without_language():
+    """Lines that open a block of another language, of none, or where the expressions here do not look for it."""
+    for document in DOCUMENTS:
+        inside = False
+        for number, line in enumerate(document.read_text(encoding="utf-8").splitlines(), 1):
+            if line.lstrip().startswith(("```", "~~~")):
+                inside = not inside
+                if inside and line.removeprefix("```") not in LANGUAGES:
+                    yield f"{document.relative_to(ROOT)}:{number}: {line}"
+
+
 def other_blocks():
     """[(document, block)] of the blocks that no compiled source holds."""
     compiled = [words(path.read_text(encoding="utf-8")) for pattern in COMPILED for path in sorted(ROOT.glob(pattern))]
-    for document in (ROOT / "README.md", ROOT / "CONTRIBUTING.md", *sorted((ROOT / "docs").rglob("*.md"))):
+    for document in DOCUMENTS:
         for block in re.findall(r"^```cpp\n(.*?)^```", document.read_text(encoding="utf-8"), re.MULTILINE | re.DOTALL):
             if not any(words(block) in source for source in compiled):
                 yield document.relative_to(ROOT), block
@@ -69,6 +84,10 @@ def main():
     options = parser.parse_args()
     compiler = toolchain.chosen_compiler(options)
 
+    unknown = list(blocks_without_language())
+    if unknown:
+        print(f"a block begins with ``` and one of {sorted(LANGUAGES)}:\n" + "\n".join(unknown))
+        return 1
     program = first_program((ROOT / "README.md").read_text(encoding="utf-8"))
     if program is None:
         print("README.md has no ```cpp block with a main function")

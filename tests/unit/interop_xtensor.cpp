@@ -138,6 +138,23 @@ TEST_CASE("lazy expressions are pictures") {
   CHECK(has(refused(xt::transpose(pixels, {2, 0, 1})), "xt::transpose(x, {1, 2, 0}) puts the channels last"));
 }
 
+TEST_CASE("lazy expressions are masks") {
+  const Image picture = m2lm::load_image(m2lm_test::source_file("assets/easy-vqa/pictures/0.png"));
+  const auto pixels = m2lm::as_xtensor(picture);
+  const auto red = xt::view(pixels, xt::all(), xt::all(), 0);
+  const auto expected = m2lm::to_image(xt::where(xt::view(pixels, xt::all(), xt::all(), xt::range(0, 1)) > 127, 9, xt::cast<int>(pixels)));
+  CHECK(expected.pixels != picture.pixels);
+  CHECK(m2lm::masked_fill(picture, red > 127, {9, 9, 9}).pixels == expected.pixels);
+  CHECK(m2lm::masked_fill(pixels / 255.0, red > 127, {9, 9, 9}).pixels == expected.pixels);
+  CHECK(m2lm::masked_fill(picture, xt::view(pixels, xt::all(), xt::all(), xt::range(0, 1)) > 127, {9, 9, 9}).pixels == expected.pixels);
+  const xt::xtensor<bool, 2> computed = red > 127;
+  CHECK(m2lm::masked_fill(pixels, computed, {9, 9, 9}).pixels == expected.pixels);
+  CHECK(m2lm::masked_fill(picture, m2lm::as_view(computed), {9, 9, 9}).pixels == expected.pixels);
+  CHECK(has(message_of<InputError>([&] { (void)m2lm::masked_fill(picture, pixels > 127, {}); }), "a mask is [height, width], this one [64, 64, 3]"));
+  CHECK(has(message_of<InputError>([&] { (void)m2lm::masked_fill(picture, xt::xtensor<bool, 2>{{true}}, {}); }),
+            "the mask is [1, 1], the picture has 64 rows of 64 pixels"));
+}
+
 TEST_CASE("an expression enters the functions of pictures, prompts and models as a picture does") {
   const Image picture = m2lm::load_image(m2lm_test::source_file("assets/easy-vqa/pictures/0.png"));
   const auto lazy = m2lm::as_xtensor(picture) / 255.0;

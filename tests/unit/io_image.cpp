@@ -175,6 +175,17 @@ TEST_CASE("geometry") {
   CHECK(m2lm::preprocess(gradient(1, 1), m2lm::clip_image_processor(14)).shape() == m2lm::Shape{3, 14, 14});
 }
 
+TEST_CASE("pixels whose mask is true get the colour") {
+  const Image image = gradient(3, 2);
+  const std::array<bool, 6> mask{false, true, false, false, false, true};
+  const Image filled = m2lm::masked_fill(image, m2lm::Matrix<const bool>(mask.data(), {2, 3}), {7, 8, 9});
+  for (int y = 0; y < 2; ++y)
+    for (int x = 0; x < 3; ++x) CHECK(pixel(filled, x, y) == (mask[static_cast<std::size_t>(3 * y + x)] ? std::array{7, 8, 9} : pixel(image, x, y)));
+  CHECK(has(message_of<InputError>([&] { (void)m2lm::masked_fill(image, m2lm::Matrix<const bool>(mask.data(), {3, 2}), {}); }),
+            "the mask is [3, 2], the picture has 2 rows of 3 pixels"));
+  CHECK_THROWS_AS((void)m2lm::masked_fill(Image{}, {}, {}), InputError);
+}
+
 TEST_CASE("what cannot be done is said") {
   const Image image = gradient(7, 4);
   Image wrong = image;

@@ -3,6 +3,7 @@
 #pragma once
 
 #include <m2lm/core/error.hpp>
+#include <m2lm/core/view.hpp>
 
 #include <array>
 #include <cstddef>
@@ -53,5 +54,9 @@ Image center_crop(const Image& image, std::int64_t width, std::int64_t height);
 
 /// The image in the middle of a square of its longer side (LLaVA's expand2square).
 Image pad_to_square(const Image& image, std::array<std::uint8_t, 3> fill);
+
+/// The image with `fill` in every pixel whose mask is true, as torch.Tensor.masked_fill. requires mask [height, width] and a non-empty
+/// image. throws InputError.
+Image masked_fill(const Image& image, Matrix<const bool> mask, std::array<std::uint8_t, 3> fill);
 
 }  // namespace m2lm

@@ -502,4 +502,15 @@ M2LM_IMPL Image pad_to_square(const Image& image, std::array<std::uint8_t, 3> fi
   return out;
 }
 
+M2LM_IMPL Image masked_fill(const Image& image, Matrix<const bool> mask, std::array<std::uint8_t, 3> fill) {
+  detail::check_image(image, "m2lm::masked_fill");
+  require<InputError>(mask.extent(0) == image.height && mask.extent(1) == image.width, "m2lm::masked_fill: the mask is ", mask.shape(),
+                      ", the picture has ", image.height, " rows of ", image.width, " pixels");
+  Image out = image;
+  for (std::int64_t y = 0; y < image.height; ++y)
+    for (std::int64_t x = 0; x < image.width; ++x)
+      if (mask(y, x)) std::copy_n(fill.data(), 3, out.pixels.data() + 3 * (y * image.width + x));
+  return out;
+}
+
 }  // namespace m2lm

@@ -1,0 +1,2 @@
+// What stub_compiler.sh compiles instead of a source.
+int main() {}
