@@ -37,6 +37,7 @@ struct Problem {
   AttentionMask mask{.causal = true, .window = 0};
   Sinks sinks{};
   bool position_on_device = false;
+  cuda::PrefillKernel prefill = cuda::default_prefill_kernel;
 
   bool ordered() const { return mask.causal || mask.window > 0; }
   std::int64_t heads() const { return kv_heads * group; }
@@ -87,7 +88,7 @@ std::vector<E> attend(cuda::Device& device, const Problem& p, const Data<E>& dat
   const cuda::Position position{
       .length = p.position_on_device ? length.data() : nullptr, .first = p.position_on_device ? -1 : p.first, .most_keys = p.bucket()};
   const DeviceArray<std::byte> scratch(device, cuda::attention_scratch<E>(device.properties(), p.tokens, p.heads(), kv, p.bucket()));
-  cuda::attention<E>(device, q.const_view(), kv, position, p.mask, static_cast<float>(p.scale()), y.view(), p.sinks, scratch.data());
+  cuda::attention<E>(device, q.const_view(), kv, position, p.mask, static_cast<float>(p.scale()), y.view(), p.sinks, scratch.data(), p.prefill);
   return y.read();
 }
 
@@ -350,6 +351,105 @@ TEST_CASE("attention: launches fit the devices, whatever the sizes") {
     CHECK(cuda::make_attention_tiles_policy(head_dim).shared_bytes() <= 99 * 1024);       // a block of sm_86 and sm_89
     CHECK(cuda::make_attention_tiles_policy(head_dim).shared_bytes() * 2 <= 163 * 1024);  // two blocks on a multiprocessor of sm_80
   }
+}
+
+/// For the kernel of warpgroups: at least a block of rows.
+Problem problem(std::int64_t tokens, std::int64_t group, std::int64_t head_dim, std::int64_t first,
+                AttentionMask mask = {.causal = true, .window = 0}) {
+  Problem p{.tokens = tokens, .group = group, .head_dim = head_dim, .first = first, .mask = mask};
+  if (!p.ordered()) p.first = 0, p.keys_seen = first + tokens;
+  p.prefill = cuda::PrefillKernel::warpgroups;
+  return p;
+}
+
+/// One multiprocessor, so that keys are not split however small the grid is. A real device has as many as it has, and few of these problems.
+struct SmallDevice {
+#if !defined(__CUDACC__)
+  static cuda::emulation::Machine machine() {
+    cuda::emulation::Machine machine;
+    machine.multiprocessors = 1;
+    return machine;
+  }
+  cuda::emulation::MachineScope scope{machine()};
+#endif
+  cuda::Device device{0};
+};
+
+TEST_CASE("attention by warpgroups: chosen shapes") {
+  SmallDevice small;
+  cuda::Device& device = small.device;
+  SUBCASE("one tile") { check<Bf16>(device, problem(128, 1, 64, 0), 1); }
+  SUBCASE("heads of 128, several tiles, a part of a tile of rows and of keys") { check<Bf16>(device, problem(300, 1, 128, 41), 2); }
+  SUBCASE("f16, groups that share keys") { check<Half>(device, problem(80, 4, 64, 200), 3); }
+  SUBCASE("a group that does not divide the rows of a block, heads of 128") { check<Half>(device, problem(47, 3, 128, 0), 4); }
+  SUBCASE("every query sees every key, which are no whole tiles") { check<Bf16>(device, problem(150, 1, 64, 283, {}), 5); }
+  SUBCASE("a window: first and last tiles are cut") { check<Bf16>(device, problem(140, 1, 64, 300, {.causal = true, .window = 130}), 6); }
+  SUBCASE("a sink, rows of q and y apart, position on the device, a bucket beyond the keys") {
+    Problem p = problem(130, 1, 64, 100);
+    p.kv_heads = 2;
+    p.sinks.zero_logit = true;
+    p.position_on_device = true;
+    p.most_keys = 512;
+    p.extra_columns = 8;
+    p.extra_capacity = 37;
+    check<Half>(device, p, 7);
+  }
+  SUBCASE("only the sink") {
+    Problem p = problem(128, 1, 64, 0, {});
+    p.keys_seen = 0;
+    p.extra_capacity = 16;
+    p.sinks.zero_logit = true;
+    check<Bf16>(device, p, 8);
+  }
+}
+
+#if !defined(__CUDACC__)
+TEST_CASE("attention by warpgroups: what is launched") {
+  const auto launched = [](const Problem& p, int compute_capability) -> std::string {
+    cuda::emulation::Machine machine = SmallDevice::machine();
+    machine.compute_capability = compute_capability;
+    machine.faulty_launch = cuda::emulation::launches();  // whatever it is, the message names it
+    const cuda::emulation::MachineScope scope(machine);
+    cuda::Device device(0);
+    try {
+      attend(device, p, Data<Bf16>(p, 1));
+    } catch (const DeviceError& error) {
+      return error.what();
+    }
+    return "";
+  };
+  const auto has = [](const std::string& text, const char* piece) { return text.find(piece) != std::string::npos; };
+  Problem p = problem(128, 1, 64, 0);
+  CHECK(has(launched(p, 90), "attention_warpgroups<64>"));
+  CHECK(has(launched(problem(64, 2, 128, 9), 90), "attention_warpgroups<128>"));
+  CHECK(has(launched(p, 80), "attention_tiles<64>"));
+  CHECK(has(launched(p, 100), "attention_tiles<64>"));
+  CHECK(has(launched(problem(127, 1, 64, 0), 90), "attention_tiles<64>"));  // not a block of rows
+  CHECK(has(launched(problem(128, 1, 96, 0), 90), "attention_tiles<96>"));  // a size of heads without an instance
+  p.prefill = cuda::default_prefill_kernel;
+  CHECK(has(launched(p, 90), "attention_tiles<64>"));
+}
+#endif
+
+TEST_CASE("attention by warpgroups: its blocks fit a multiprocessor of sm_90, and only whole problems take it") {
+  for (const int head_dim : cuda::attention_warpgroups_head_dims) {
+    CAPTURE(head_dim);
+    const cuda::AttentionWarpgroupsPolicy policy = cuda::make_attention_warpgroups_policy(head_dim);
+    CHECK(policy.shared_bytes() + 128 <= 227 * 1024);  // and its barriers
+    CHECK(policy.tile_bytes() == policy.keys * head_dim * 2);
+    CHECK(policy.box_bytes() % 1024 == 0);
+    CHECK(policy.keys <= 256);             // of a box
+    CHECK(policy.tile_bytes() < 1 << 20);  // that a barrier may expect
+    CHECK(128 * (policy.warpgroups * policy.registers + policy.copying_registers) <= 65536);
+  }
+  const auto chosen = [](std::int64_t tokens, std::int64_t heads, std::int64_t kv_heads, std::int64_t head_dim) {
+    const cuda::AttentionSizes sizes{.tokens = tokens, .heads = heads, .kv_heads = kv_heads, .head_dim = head_dim, .most_keys = 4096};
+    return cuda::warpgroups_head_dim(90, 227 * 1024, sizes, cuda::plan_attention(132, 227 * 1024, sizes));
+  };
+  CHECK(chosen(4096, 32, 32, 128) == 128);
+  CHECK(chosen(577, 16, 16, 64) == 64);  // CLIP-L: 5 × 16 blocks, keys are not split for the rest
+  CHECK(chosen(4, 32, 8, 128) == 0);
+  CHECK(chosen(4096, 32, 32, 80) == 0);
 }
 
 TEST_CASE("attention: errors name both sides") {

@@ -95,8 +95,9 @@ struct Place {
 
 inline std::string index_text(const Index3& index) { return concat("(", index.x, ", ", index.y, ", ", index.z, ")"); }
 
-/// The values that the lanes of a warp bring to a collective, by lane.
+/// The values that the lanes of a warp bring to a collective, by lane; and those of the threads of a warpgroup.
 using Lanes = std::array<void*, 32>;
+using WarpgroupThreads = std::array<void*, 128>;
 
 /// Runs the threads of one block after another as fibers on one host thread. A fiber runs until it waits for others.
 class Engine {
@@ -136,6 +137,67 @@ class Engine {
     warp.meeting.arrived = 0;
     for (unsigned lane = 0; lane < 32; ++lane) fibers_[fiber.number / 32 * 32 + lane]->state = State::ready;
   }
+
+  /// The same of the four warps of a warpgroup, which begins at a multiple of 128 threads.
+  void meet_warpgroup(const char* what, Place place, void* mine, void (*perform)(const WarpgroupThreads&)) {
+    Fiber& fiber = *current_;
+    const unsigned number = fiber.number / 128;
+    if ((number + 1) * 128 > threads_) fail(concat(what, " at ", place, " needs a whole warpgroup, and the block has ", threads_, " threads"));
+    if (warpgroups_.size() <= number) warpgroups_.resize(number + 1);
+    Warpgroup& group = warpgroups_[number];
+    arrive(fiber, group.meeting, what, place, 128);
+    group.threads[fiber.number % 128] = mine;
+    if (group.meeting.arrived < 128) return suspend(State::in_warpgroup);
+    perform(group.threads);
+    group.meeting.arrived = 0;
+    for (unsigned i = 0; i < 128; ++i) fibers_[number * 128 + i]->state = State::ready;
+  }
+
+  /// The current thread goes on when `done` says so; it is asked while others run.
+  void wait_until(const char* what, Place place, std::function<bool()> done) {
+    Fiber& fiber = *current_;
+    if (done()) return;
+    fiber.waits_for = what;
+    fiber.place = place;
+    fiber.done = std::move(done);
+    suspend(State::in_condition);
+  }
+
+  /// Work that nobody waits for here: a copy by the device itself. It is done as late as can be, when no thread can go on; of several the
+  /// oldest comes first in one launch, the newest in the next. A block that ends before is a fault.
+  void do_later(const char* what, Place place, std::function<void()> work) { later_.push_back({what, place, std::move(work)}); }
+
+  /// From here on, until the block ends, the engine knows which thread has written which 16 bytes of dynamic shared memory by store_words,
+  /// and has not said so to the async proxy since.
+  void watch_stores() {
+    if (writer_.empty()) writer_.assign((shape_.shared_bytes + 15) / 16, 0);
+  }
+  void stored(const void* p, std::size_t bytes) {
+    if (writer_.empty() || !in_shared(p)) return;
+    const std::size_t first = shared_offset(p) / 16, last = (shared_offset(p) + bytes - 1) / 16;
+    for (std::size_t i = first; i <= last && i < writer_.size(); ++i) writer_[i] = current_->number + 1;
+  }
+  void fence_stores() {
+    for (unsigned& writer : writer_)
+      if (writer == current_->number + 1) writer = 0;
+  }
+  void forget_store(const void* p) {
+    if (!writer_.empty() && in_shared(p)) writer_[shared_offset(p) / 16] = 0;
+  }
+  bool is_fenced(const void* p) const { return writer_.empty() || !in_shared(p) || writer_[shared_offset(p) / 16] == 0; }
+
+  bool in_shared(const void* p) const {
+    return shared_ && !std::less<>()(p, static_cast<const void*>(shared_.get())) && shared_offset(p) < shape_.shared_bytes;
+  }
+  /// Addresses of shared memory as a descriptor has them: 18 bits, which are those of the host's address.
+  static constexpr std::uintptr_t shared_mask = 0x3FFFF;
+  const std::byte* at_shared_address(std::uintptr_t address) const {
+    return shared_.get() + ((address - reinterpret_cast<std::uintptr_t>(shared_.get())) & shared_mask);
+  }
+
+  /// How many blocks have begun: what belongs to a block is stale when this has changed.
+  std::uint64_t blocks_begun() const { return blocks_begun_; }
+  unsigned thread_number() const { return current_->number; }
 
   void meet_block(const char* what, Place place) {
     Fiber& fiber = *current_;
@@ -180,7 +242,7 @@ class Engine {
   }
 
  private:
-  enum class State { ready, in_warp, in_block, left };
+  enum class State { ready, in_warp, in_warpgroup, in_block, in_condition, left };
 
   struct Meeting {
     unsigned arrived = 0;
@@ -191,6 +253,15 @@ class Engine {
   struct Warp {
     Meeting meeting;
     Lanes lanes{};
+  };
+  struct Warpgroup {
+    Meeting meeting;
+    WarpgroupThreads threads{};
+  };
+  struct Later {
+    const char* what;
+    Place place;
+    std::function<void()> work;
   };
   struct Copy {
     void* to;
@@ -210,6 +281,7 @@ class Engine {
     State state = State::left;
     const char* waits_for = nullptr;
     Place place{};
+    std::function<bool()> done{};  ///< what it waits for in State::in_condition
     std::vector<Copy> copies{};
     std::uint64_t groups = 0;  ///< committed
   };
@@ -218,11 +290,17 @@ class Engine {
 
   Engine() = default;
 
+  std::size_t shared_offset(const void* p) const { return static_cast<std::size_t>(static_cast<const std::byte*>(p) - shared_.get()); }
+
   void run_block() {
+    ++blocks_begun_;
     threads_ = shape_.block_x * shape_.block_y;
     shared_.reset(shape_.shared_bytes == 0 ? nullptr : new std::byte[shape_.shared_bytes]);
     if (shared_) std::memset(shared_.get(), 0xFF, shape_.shared_bytes);
     warps_.assign((threads_ + 31) / 32, Warp{});
+    warpgroups_.clear();
+    later_.clear();
+    writer_.clear();
     block_ = {};
     while (fibers_.size() < threads_) fibers_.push_back(make_fiber());
     for (unsigned i = 0; i < threads_; ++i) begin(*fibers_[i], i);
@@ -232,14 +310,21 @@ class Engine {
       bool progress = false;
       for (unsigned i = 0; i < threads_ && !failure_; ++i) {
         Fiber& fiber = *fibers_[descending_ ? threads_ - 1 - i : i];
+        if (fiber.state == State::in_condition && fiber.done()) fiber.state = State::ready;
         if (fiber.state != State::ready) continue;
         resume(fiber);
         progress = true;
         left += fiber.state == State::left;
       }
       if (failure_) std::rethrow_exception(std::exchange(failure_, nullptr));
-      if (!progress && left == before) fail_to_meet();
+      if (progress || left != before) continue;
+      if (later_.empty()) fail_to_meet();
+      const auto next = descending_ ? later_.begin() : later_.end() - 1;
+      const Later later = std::move(*next);
+      later_.erase(next);
+      later.work();
     }
+    if (!later_.empty()) fail(concat("the block has ended, and what ", later_[0].what, " at ", later_[0].place, " began has not"));
   }
 
   void begin(Fiber& fiber, unsigned number) {
@@ -351,12 +436,14 @@ class Engine {
     const Fiber* missing = nullptr;
     for (unsigned i = 0; i < threads_ && waiting == nullptr; ++i)
       if (fibers_[i]->state == State::in_warp) waiting = fibers_[i].get();
-    for (unsigned i = 0; i < threads_ && waiting == nullptr; ++i)
-      if (fibers_[i]->state == State::in_block) waiting = fibers_[i].get();
-    const bool of_warp = waiting->state == State::in_warp;
-    for (unsigned i = 0; i < threads_ && missing == nullptr; ++i)
-      if (fibers_[i]->state != waiting->state && (!of_warp || i / 32 == waiting->number / 32)) missing = fibers_[i].get();
+    for (const State state : {State::in_warpgroup, State::in_block, State::in_condition})
+      for (unsigned i = 0; i < threads_ && waiting == nullptr; ++i)
+        if (fibers_[i]->state == state) waiting = fibers_[i].get();
     current_ = const_cast<Fiber*>(waiting);
+    if (waiting->state == State::in_condition) fail(concat("it waits in ", waiting->waits_for, " at ", waiting->place, " for what nobody does"));
+    const unsigned together = waiting->state == State::in_warp ? 32 : waiting->state == State::in_warpgroup ? 128 : threads_;
+    for (unsigned i = 0; i < threads_ && missing == nullptr; ++i)
+      if (fibers_[i]->state != waiting->state && i / together == waiting->number / together) missing = fibers_[i].get();
     fail(
         concat("it waits in ", waiting->waits_for, " at ", waiting->place, " for thread ", index_text(missing->index), ", which ",
                missing->state == State::left ? std::string("has left the kernel") : concat("waits in ", missing->waits_for, " at ", missing->place)));
@@ -370,6 +457,10 @@ class Engine {
   std::unique_ptr<std::byte[]> shared_;
   std::vector<std::unique_ptr<Fiber>> fibers_;  ///< kept, with their stacks, for the next block
   std::vector<Warp> warps_;
+  std::vector<Warpgroup> warpgroups_;
+  std::vector<Later> later_;
+  std::vector<unsigned> writer_;  ///< of each 16 bytes of shared memory: a thread's number + 1, or 0; empty unless stores are watched
+  std::uint64_t blocks_begun_ = 0;
   Meeting block_;
   Fiber* current_ = nullptr;
   std::exception_ptr failure_;
@@ -498,6 +589,7 @@ template <int Words>
 void store_words(void* p, const std::uint32_t (&in)[Words]) {
   static_assert(Words == 1 || Words == 2 || Words == 4);
   emulation::Engine::instance().require_aligned(p, sizeof(in), "a store");
+  emulation::Engine::instance().stored(p, sizeof(in));
   std::memcpy(p, in, sizeof(in));
 }
 inline Bytes16 load16_streaming(const void* p) {

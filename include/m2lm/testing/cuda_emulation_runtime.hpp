@@ -9,6 +9,7 @@
 #include <m2lm/backends/cuda/runtime.hpp>
 #include <m2lm/backends/cuda/runtime_common.hpp>
 #include <m2lm/testing/cuda_emulation.hpp>
+#include <m2lm/testing/cuda_emulation_sm90.hpp>
 
 #include <algorithm>
 #include <atomic>

@@ -87,11 +87,20 @@ void linear(Device& device, Matrix<const E> x, const PackedMatrix& w, const E* b
 template <class E>
 std::size_t attention_scratch(const DeviceProperties& properties, std::int64_t tokens, std::int64_t heads, const KeyValues& kv,
                               std::int64_t most_keys);
+/// The kernels of attention for many queries.
+enum class PrefillKernel {
+  warps,      ///< mma.sync of warps: every device has it
+  warpgroups  ///< wgmma of warpgroups, tiles by TMA: sm_90 alone
+};
+/// No device has run the kernel of warpgroups yet (docs/cuda.md, "What has run where"): one that has, and was faster by it, changes this line.
+inline constexpr PrefillKernel default_prefill_kernel = PrefillKernel::warps;
+
 /// As ops::attention over `keys` = position + tokens keys (causal or windowed), or over position.most_keys keys where the mask is not
-/// ordered. Few queries: keys are split over blocks, the heads of a group share a pass. Many: tensor cores (E = float: FMA).
+/// ordered. Few queries: keys are split over blocks, the heads of a group share a pass. Many: tensor cores (E = float: FMA), by
+/// warpgroups where `prefill` says so and device, program and sizes allow it (warpgroups_head_dim).
 template <class E>
 void attention(Device& device, Matrix<const E> q, const KeyValues& kv, Position position, AttentionMask mask, float scale, Matrix<E> y, Sinks sinks,
-               void* scratch);
+               void* scratch, PrefillKernel prefill = default_prefill_kernel);
 
 // ---- sampling.cuh -----------------------------------------------------------------------------------------------------------
 

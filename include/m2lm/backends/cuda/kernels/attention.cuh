@@ -6,6 +6,7 @@
 #include <m2lm/backends/cuda/kernels/attention_decode.cuh>
 #include <m2lm/backends/cuda/kernels/attention_plan.cuh>
 #include <m2lm/backends/cuda/kernels/attention_prefill.cuh>
+#include <m2lm/backends/cuda/kernels/attention_prefill_sm90.cuh>
 
 #include <algorithm>
 
@@ -37,6 +38,28 @@ void launch_attention_tiles(Device& device, const AttentionArguments<E>& a, cons
   }
 }
 
+/// Returns whether this program has the kernel for this device, and so has launched it.
+template <class E, int HeadDim>
+bool launch_attention_warpgroups(Device& device, const char* name, const AttentionArguments<E>& a, const KeyValues& kv) {
+  constexpr AttentionWarpgroupsPolicy policy = attention_warpgroups_policy<HeadDim>;
+  if (!has_body(device, attention_warpgroups<E, HeadDim>)) return false;
+  const LaunchShape shape{static_cast<unsigned>(divided_up(a.rows, policy.rows())),
+                          static_cast<unsigned>(kv.kv_heads),
+                          1,
+                          static_cast<unsigned>(policy.threads()),
+                          1,
+                          policy.shared_bytes()};
+  const auto map = [&](const E* rows) { return make_tile_map(device, rows, HeadDim, kv.capacity, kv.kv_heads, policy.keys); };
+  launch(device, name, attention_warpgroups<E, HeadDim>, shape, a, map(a.keys), map(a.values));
+  return true;
+}
+template <class E>
+bool launch_attention_warpgroups(Device& device, int head_dim, const AttentionArguments<E>& a, const KeyValues& kv) {
+  return head_dim == 64    ? launch_attention_warpgroups<E, 64>(device, "attention_warpgroups<64>", a, kv)
+         : head_dim == 128 ? launch_attention_warpgroups<E, 128>(device, "attention_warpgroups<128>", a, kv)
+                           : false;
+}
+
 }  // namespace detail
 
 template <class E>
@@ -57,7 +80,7 @@ std::size_t attention_scratch(const DeviceProperties& properties, std::int64_t t
 
 template <class E>
 void attention(Device& device, Matrix<const E> q, const KeyValues& kv, Position position, AttentionMask mask, float scale, Matrix<E> y, Sinks sinks,
-               void* scratch) {
+               void* scratch, PrefillKernel prefill) {
   const std::int64_t tokens = q.extent(0), heads = q.extent(1) / kv.head_dim;
   require<OptionError>(kv.format == dtype_of<E>, "m2lm::cuda::attention: keys and values are ", dtype_name(kv.format), ", activations are ",
                        dtype_name(dtype_of<E>), "; this backend wants them alike");
@@ -111,6 +134,11 @@ void attention(Device& device, Matrix<const E> q, const KeyValues& kv, Position 
   a.zero_logit = sinks.zero_logit ? 1 : 0;
   a.scale_log2 = scale * 1.44269504088896341F;
 
+  if constexpr (sizeof(E) == 2) {
+    const int head_dim =
+        prefill == PrefillKernel::warpgroups ? warpgroups_head_dim(properties.compute_capability, properties.shared_bytes_per_block, sizes, plan) : 0;
+    if (detail::launch_attention_warpgroups(device, head_dim, a, kv)) return;
+  }
   const auto block = static_cast<unsigned>(plan.tiles_head_dim != 0 ? AttentionTilesPolicy{}.threads() : attention_rows_policy.threads);
   const LaunchShape shape{
       static_cast<unsigned>(plan.row_tiles), static_cast<unsigned>(kv.kv_heads), static_cast<unsigned>(plan.splits), block, 1, plan.shared_bytes};

@@ -52,6 +52,31 @@ inline constexpr AttentionTilesPolicy attention_tiles_policy = make_attention_ti
 /// The sizes that are instantiated.
 inline constexpr int attention_tiles_head_dims[] = {64, 80, 96, 128};
 
+/// The kernel on products of a warpgroup (attention_prefill_sm90.cuh): sm_90 alone.
+struct AttentionWarpgroupsPolicy {
+  int head_dim = 64;
+  int warpgroups = 2;  ///< of 64 rows each; while one is at its softmax the tensor cores work for the other
+  int keys = 128;      ///< of a tile
+  int stages = 2;      ///< tiles in shared memory
+  /// Of a thread that computes, and of one that copies: with 384 threads each has 168 at first, of the 65,536 of a multiprocessor.
+  int registers = 240, copying_registers = 24;
+
+  M2LM_HOST_DEVICE constexpr int warps() const { return 4 * warpgroups; }            ///< that compute
+  M2LM_HOST_DEVICE constexpr int threads() const { return 128 * (warpgroups + 1); }  ///< one warp of the last warpgroup asks for the tiles
+  M2LM_HOST_DEVICE constexpr int rows() const { return 64 * warpgroups; }
+  /// A tile lies in boxes of 64 columns, 128 bytes wide, whose swizzle repeats every 1,024 bytes: each begins on such a border.
+  M2LM_HOST_DEVICE constexpr int boxes() const { return head_dim / 64; }
+  M2LM_HOST_DEVICE constexpr int box_bytes() const { return keys * 128; }
+  M2LM_HOST_DEVICE constexpr int tile_bytes() const { return boxes() * box_bytes(); }
+  M2LM_HOST_DEVICE constexpr std::size_t shared_bytes() const { return static_cast<std::size_t>(2 * stages * tile_bytes()) + border; }
+  static constexpr std::size_t border = 1024;
+};
+constexpr AttentionWarpgroupsPolicy make_attention_warpgroups_policy(int head_dim) { return {.head_dim = head_dim}; }
+template <int HeadDim>
+inline constexpr AttentionWarpgroupsPolicy attention_warpgroups_policy = make_attention_warpgroups_policy(HeadDim);
+/// The sizes that are instantiated; others are not padded to them.
+inline constexpr int attention_warpgroups_head_dims[] = {64, 128};
+
 /// Sizes of one call.
 struct AttentionSizes {
   std::int64_t tokens = 1, heads = 1, kv_heads = 1, head_dim = 1, most_keys = 1;
@@ -136,6 +161,17 @@ constexpr AttentionPlan plan_attention(int multiprocessors, std::size_t shared_l
   detail::split_keys(plan, sizes, detail::divided_up(few.blocks_per_multiprocessor * multiprocessors, plan.row_tiles * sizes.kv_heads),
                      few.least_keys_per_split);
   return plan;
+}
+
+/// The instance of the kernel on products of a warpgroup that can take over from `plan`, or 0: whole tiles of rows, keys that are not split, and a
+/// device of compute capability 9.0. Whether the program has an image for that device is asked where the kernels are (has_body).
+constexpr int warpgroups_head_dim(int compute_capability, std::size_t shared_limit, const AttentionSizes& sizes, const AttentionPlan& plan) {
+  if (compute_capability != 90 || plan.tiles_head_dim == 0 || plan.splits != 1) return 0;
+  for (const int head_dim : attention_warpgroups_head_dims) {
+    const AttentionWarpgroupsPolicy policy = make_attention_warpgroups_policy(head_dim);
+    if (sizes.head_dim == head_dim && sizes.rows() >= policy.rows() && policy.shared_bytes() <= shared_limit) return head_dim;
+  }
+  return 0;
 }
 
 /// f32 numbers that are kept between the two kernels, whatever the window and the alignment: per row and split head_dim sums, the
