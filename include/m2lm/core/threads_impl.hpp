@@ -63,7 +63,7 @@ namespace detail {
 /// Waits until `value` differs from `old`: spins, but not for long, as another program may want the core, then parks.
 template <class T>
 void wait_for_change(const std::atomic<T>& value, T old) {
-  constexpr int spins = 2000;  // 30 to 80 microseconds
+  constexpr int spins = 20000;  // 0.2 to 0.8 milliseconds: longer than what one thread does alone in a decode step, and than a neighbour is late
   for (int i = 0; i < spins; ++i) {
     if (value.load(std::memory_order_acquire) != old) return;
 #if M2LM_X86_64
