@@ -38,8 +38,8 @@ class Tokenizer {
   /// no normaliser or NFC.
   /// throws CheckpointError naming the file: missing, damaged, contradictory, or of a kind that is not supported yet.
   static Tokenizer from_directory(std::string_view directory);
-  /// The vocabulary in a GGUF file's `tokenizer.ggml.*`: "llama" (sentencepiece's BPE with scores) gives the ids of the tokenizer.model that
-  /// it was made from, "gpt2" (byte-level BPE) those of the tokenizer.json; `pre` must be llama-bpe, qwen2 or gpt-2. Control and
+  /// The vocabulary that a GGUF file has below `tokenizer.ggml`: "llama" (BPE of sentencepiece, with scores) gives the ids of the tokenizer.model
+  /// that it was made from, "gpt2" (byte-level BPE) those of the tokenizer.json; `pre` must be llama-bpe, qwen2 or gpt-2. Control and
   /// user-defined tokens are cut out of the text first. `placeholder` gets the id behind the vocabulary unless it is in it.
   /// throws CheckpointError naming file and key.
   static Tokenizer from_gguf(const Gguf& file, std::string_view placeholder = {});

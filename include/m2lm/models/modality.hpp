@@ -208,7 +208,7 @@ struct Modality {
   };
 };
 
-/// A component with a precision of its own: With<Modality<…>, Precision{.weights = DType::f32}>.
+/// A component with a precision of its own: `With<Modality<…>, Precision{.weights = DType::f32}>`.
 template <class Component, Precision P>
 struct With {
   static constexpr auto name = Component::name;

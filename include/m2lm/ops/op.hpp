@@ -33,7 +33,7 @@ struct HostScalar<B> {
 };
 }  // namespace detail
 
-/// What the host sees of a backend's values, and what sums, logits and angles are kept in: ScalarOf<B> itself, or float on a device.
+/// What the host sees of a backend's values, and what sums, logits and angles are kept in: `ScalarOf<B>` itself, or float on a device.
 template <class B>
 using HostScalarOf = typename detail::HostScalar<B>::type;
 

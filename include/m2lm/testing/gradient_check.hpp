@@ -113,7 +113,7 @@ class Comparisons {
 /// Compares `backward` on Reference<double> with exact directional derivatives of `forward`, from dual numbers, for the input and
 /// for every parameter: along random directions and single elements. All values are random.
 ///
-/// `make` is called as make.operator()<B>() with B = Reference<double> and Reference<Dual<double>> and returns the module. Of the
+/// `make` is called as `make.operator()<B>()` with B = `Reference<double>` and `Reference<Dual<double>>` and returns the module. Of the
 /// module is asked: `fields`; `prepare(ctx, DType)` or `prepare(ctx)`; `struct Saved`; `forward(ctx, x, y, Saved*)` and
 /// `backward(ctx, dy, saved, gradients, dx)`, with x [input], y [output]. A layer whose functions look different is wrapped in a
 /// struct that has these. An input without elements is not differentiated.
