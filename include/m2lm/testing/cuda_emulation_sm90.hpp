@@ -94,7 +94,6 @@ constexpr std::uintptr_t swizzle_128(std::uintptr_t address) { return address ^ 
 
 /// One wgmma that has begun.
 struct WarpgroupProduct {
-  int columns = 0;
   std::array<const std::uint32_t*, 128> a{};
   std::array<std::array<std::uint32_t, 4>, 128> a_then{};
   std::vector<const std::byte*> b;  ///< where each element lies, [columns][16]
@@ -171,7 +170,6 @@ void begin_product(const WarpgroupThreads& threads) {
   WarpgroupState& state = WarpgroupState::of_block();
   const unsigned first_warp = engine.thread_number() / 128 * 4;
   auto product = std::make_shared<WarpgroupProduct>();
-  product->columns = N;
   product->place = of(0).place;
   for (unsigned w = 0; w < 4; ++w)
     if (!state.warps[first_warp + w].fenced) engine.fail(concat("wgmma at ", product->place, " without wgmma_fence since the last wgmma_wait"));
