@@ -392,6 +392,44 @@ TEST_CASE("linear: weights in blocks, and inputs that are zero, not finite or ha
   }
 }
 
+TEST_CASE("linear: blocks of a checkpoint whose scale is infinite or no number give what they give at every level") {
+  Random random(308);
+  constexpr std::int64_t rows = 37, columns = 96, m = 21, infinite_row = 5, nan_row = 20;
+  const auto check_blocks = [&]<class Block>(Block) {
+    const auto bytes = std::make_shared<std::vector<std::byte>>(dtype_bytes(Block::dtype, rows * columns));
+    for (std::byte& byte : *bytes) byte = static_cast<std::byte>(random.integer(0, 255));
+    constexpr std::int64_t blocks = columns / block_values;
+    for (std::int64_t i = 0; i < rows * blocks; ++i) {
+      auto block = load_block<Block>(bytes->data(), i);
+      block.scale = to_half(i == infinite_row * blocks + 1  ? std::numeric_limits<float>::infinity()
+                            : i == nan_row * blocks + 2 ? std::numeric_limits<float>::quiet_NaN()
+                                                        : 0.03125F);
+      std::memcpy(bytes->data() + static_cast<std::size_t>(i) * sizeof(Block), &block, sizeof(Block));
+    }
+    const AnyTensor source(Block::dtype, Shape{rows, columns}, bytes->data(), bytes);
+    Tensor<float> x(Shape{m, columns});
+    for (float& v : x.span()) v = random.value();
+    std::vector<Tensor<float>> results;
+    for (const Variant& variant : variants(Block::dtype)) {
+      if (variant.level == IsaLevel::baseline) continue;
+      Runner<Cpu> cpu(Cpu(variant.options(1)));
+      results.emplace_back(Shape{m, rows});
+      ops::linear(cpu.ctx, matrix(std::as_const(x)), ops::pack(cpu.ctx, std::span(&source, 1), Block::dtype), {}, results.back().view<2>());
+      const auto got = results.back().view<2>(), first = results.front().view<2>();
+      for (std::int64_t i = 0; i < m; ++i) {
+        CHECK_MESSAGE(std::isnan(got(i, nan_row)), label(variant, Block::dtype));
+        CHECK_MESSAGE((got(i, infinite_row) == first(i, infinite_row) || (std::isnan(got(i, infinite_row)) && std::isnan(first(i, infinite_row)))),
+                      label(variant, Block::dtype), " row ", i);
+        CHECK(std::isfinite(got(i, infinite_row + 1)));
+        CHECK(got(i, infinite_row + 1) == first(i, infinite_row + 1));
+      }
+    }
+    CHECK(std::isinf(results.front().view<2>()(0, infinite_row)));
+  };
+  check_blocks(Q8Block{});
+  check_blocks(Q4Block{});
+}
+
 TEST_CASE("pack: blocks of a checkpoint are packed bit for bit") {
   Random random(307);
   constexpr std::int64_t rows = 37, columns = 96;

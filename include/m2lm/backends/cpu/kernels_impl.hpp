@@ -7,6 +7,7 @@
 
 #include <array>
 #include <cstdlib>
+#include <utility>
 
 #if M2LM_X86_64
 #include <cpuid.h>
