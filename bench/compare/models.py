@@ -18,7 +18,7 @@ import time
 import numpy as np
 
 HERE = pathlib.Path(__file__).resolve().parent
-ROWS = ["4-bit", "4-bit-128", "8-bit", "bf16", "context", "batch", "clip", "picture", "load", "avx2"]
+ROWS = ["4-bit", "4-bit-128", "8-bit", "bf16", "context", "batch", "clip", "picture", "load", "avx2", "no-amx"]
 LENGTHS = [33, 77, 120, 200, 333, 410, 512, 700]
 # Cosine similarity of logits to f32 that random weights leave, by bits; a wrong answer is nowhere near.
 LEAST_COSINE = {"q4": 0.6, "q4_128": 0.5, "q8": 0.98, "w8a8": 0.9, "bf16": 0.99, "int4": 0.5, "int8": 0.9, "q4_0": 0.6, "q8_0": 0.98}
@@ -93,9 +93,9 @@ class Setup:
     def onnx(self, name, folder=None):
         return Worker([self.python, HERE / "workers/onnx_runtime.py", (folder or self.model) / f"onnx-{name}.onnx", "--threads", self.args.threads])
 
-    def ik(self, name, context=1024, sequences=1, flash=True):
-        """Weights laid out anew at load (-rtr of its programs)."""
-        return Worker([self.peers / "ik/ik_llama", self.model / f"model-{name}.gguf", self.args.threads, context, 512, sequences, int(flash), 1])
+    def ik(self, name, repack):
+        """repack: weights laid out anew at load (-rtr of its programs), which speeds decoding and slows prompts."""
+        return Worker([self.peers / "ik/ik_llama", self.model / f"model-{name}.gguf", self.args.threads, 1024, 512, 1, 1, int(repack)])
 
     # ---- outputs before times -----------------------------------------------------------------------------------------------
 
@@ -210,7 +210,8 @@ def four_bit(s):
     n = s.args.tokens
     language(s, "4-bit, blocks of 32", ["q4"], {
         "llama.cpp Q4_0": ("q4_0", lambda: s.llama("q4_0", "--flash", "on"), n),
-        "ik_llama.cpp Q4_0": ("q4_0", lambda: s.ik("q4_0"), n),
+        "ik_llama.cpp Q4_0": ("q4_0", lambda: s.ik("q4_0", False), n // 4),
+        "ik_llama.cpp Q4_0 -rtr": ("q4_0", lambda: s.ik("q4_0", True), n),
         "onnxruntime int4 32": ("int4", lambda: s.onnx("int4-32"), n // 4),
         "OpenVINO int4 32": ("int4", lambda: s.openvino("int4-32", "--group", "32"), n // 4)})
 
@@ -227,7 +228,7 @@ def eight_bit(s):
         "OpenVINO int8": ("int8", lambda: s.openvino("int8"), n // 4),
         "CTranslate2 int8": ("int8", s.ctranslate2, n // 4),
         "onnxruntime int8": ("int8", lambda: s.onnx("int8"), n // 4),
-        "ik_llama.cpp Q8_0": ("q8_0", lambda: s.ik("q8_0"), n),
+        "ik_llama.cpp Q8_0 -rtr": ("q8_0", lambda: s.ik("q8_0", True), n),
         "llama.cpp Q8_0": ("q8_0", lambda: s.llama("q8_0", "--flash", "on"), n)})
 
 
@@ -282,7 +283,8 @@ def cosines(a, b):
     return float(c.mean()), float(c.min())
 
 
-def clip(s):
+def clip_row(s, row, precisions, peers):
+    """peers: {name: function that starts it}"""
     from safetensors.numpy import load_file
     pixels, want = clip_reference(s)
 
@@ -308,20 +310,47 @@ def clip(s):
         show(f"m2lm {precision}", load_file(dump)["features"])
         return s.ours(precision, "--clip", model=s.clip)
 
-    torch_ = lambda *options: Worker([s.python, HERE / "workers/pytorch_clip.py", s.clip, "--threads", s.args.threads, *options])
+    ours = {f"m2lm {p}": own(p) for p in precisions}
+    theirs = {name: peer(name, start()) for name, start in peers.items()}
+    candidates = {n: (False, lambda w=w: w.ask("clip")["seconds"] * 1e3) for n, w in ours.items()}
+    candidates |= {n: (True, lambda w=w: w.ask(do="encode", pixels=str(pixels))["seconds"] * 1e3) for n, w in theirs.items()}
+    s.rounds(f"CLIP L/14-336, {row}", candidates, "ms", smaller_is_better=True)
+    for w in [*ours.values(), *theirs.values()]:
+        w.close()
+
+
+def clip_torch(s, format_):
+    return Worker([s.python, HERE / "workers/pytorch_clip.py", s.clip, "--threads", s.args.threads, "--format", format_])
+
+
+def clip(s):
     openvino = lambda name: s.openvino(name, "--clip", folder=s.clip)
-    onnx = lambda name: s.onnx(name, folder=s.clip)
-    for row, precisions, peers in (
-            ("bf16", ["bf16"], {"OpenVINO bf16": lambda: openvino("bf16"), "torch bf16": torch_, "onnxruntime f32": lambda: onnx("f32")}),
-            ("8-bit", ["w8a8", "q8"], {"OpenVINO int8, static": lambda: openvino("int8-static"), "OpenVINO int8 weights": lambda: openvino("int8"),
-                                       "torch int8": lambda: torch_("--format", "int8"), "onnxruntime int8": lambda: onnx("int8")})):
-        ours = {f"m2lm {p}": own(p) for p in precisions}
-        theirs = {name: peer(name, start()) for name, start in peers.items()}
-        candidates = {n: (False, lambda w=w: w.ask("clip")["seconds"] * 1e3) for n, w in ours.items()}
-        candidates |= {n: (True, lambda w=w: w.ask(do="encode", pixels=str(pixels))["seconds"] * 1e3) for n, w in theirs.items()}
-        s.rounds(f"CLIP L/14-336, {row}", candidates, "ms", smaller_is_better=True)
-        for w in [*ours.values(), *theirs.values()]:
-            w.close()
+    clip_row(s, "bf16", ["bf16"], {"OpenVINO bf16": lambda: openvino("bf16"), "torch bf16": lambda: clip_torch(s, "bf16"),
+                                   "onnxruntime f32": lambda: s.onnx("f32", s.clip)})
+    clip_row(s, "8-bit", ["w8a8", "q8"], {"OpenVINO int8, static": lambda: openvino("int8-static"), "OpenVINO int8 weights": lambda: openvino("int8"),
+                                          "torch int8": lambda: clip_torch(s, "int8"), "onnxruntime int8": lambda: s.onnx("int8", s.clip)})
+
+
+def without_amx(s):
+    """As on a machine that has AVX-512 with bf16 and byte products and no AMX. OpenVINO with the f32 hint, the faster there; llama.cpp is left out, whose
+    build does not ask the environment."""
+    caps = {"M2LM_MAX_ISA": "avx512_bf16", "ONEDNN_MAX_CPU_ISA": "AVX512_CORE_BF16"}
+    n = s.args.tokens
+    os.environ.update(caps)
+    try:
+        language(s, "without AMX, 4-bit", ["q4"], {
+            "ik_llama.cpp Q4_0": ("q4_0", lambda: s.ik("q4_0", False), n // 4), "ik_llama.cpp Q4_0 -rtr": ("q4_0", lambda: s.ik("q4_0", True), n),
+            "OpenVINO int4 32": ("int4", lambda: s.openvino("int4-32", "--group", "32", "--hint", "f32"), n // 4)})
+        language(s, "without AMX, 8-bit", ["w8a8", "q8"], {
+            "torch int8": ("int8", lambda: s.pytorch("int8", "--context", s.prompt + 128), n // 4), "CTranslate2 int8": ("int8", s.ctranslate2, n // 4),
+            "ik_llama.cpp Q8_0 -rtr": ("q8_0", lambda: s.ik("q8_0", True), n)})
+        language(s, "without AMX, bf16", ["bf16"], {"torch compiled": ("bf16", lambda: s.pytorch("bf16", "--context", s.prompt + 128), n // 4)})
+        clip_row(s, "8-bit, without AMX", ["w8a8"], {
+            "OpenVINO int8, static": lambda: s.openvino("int8-static", "--clip", "--hint", "f32", folder=s.clip),
+            "torch int8": lambda: clip_torch(s, "int8"), "onnxruntime int8": lambda: s.onnx("int8", s.clip)})
+    finally:
+        for name in caps:
+            del os.environ[name]
 
 
 def picture(s):
@@ -431,7 +460,7 @@ def run(args):
         drawn(Setup(args))
         return
     functions = {"4-bit": four_bit, "4-bit-128": four_bit_128, "8-bit": eight_bit, "bf16": bf16, "context": context, "batch": batch, "clip": clip,
-                 "picture": picture, "load": load, "avx2": avx2}
+                 "picture": picture, "load": load, "avx2": avx2, "no-amx": without_amx}
     s = Setup(args)
     for name in args.only:
         try:

@@ -99,8 +99,10 @@ class Pictures:
         after = l.llama_pos(1)
         for i in range(self.m.mtmd_input_chunks_size(chunks)):
             chunk = self.m.mtmd_input_chunks_get(chunks, i)
-            if self.m.mtmd_encode_chunk(self.context, chunk) != 0 or self.m.mtmd_helper_decode_image_chunk(
-                    self.context, state.context, chunk, self.m.mtmd_get_output_embd(self.context), after, 0, state.most, ctypes.byref(after), NOTHING, None) != 0:
+            failed = self.m.mtmd_encode_chunk(self.context, chunk)
+            failed = failed or self.m.mtmd_helper_decode_image_chunk(self.context, state.context, chunk, self.m.mtmd_get_output_embd(self.context), after, 0,
+                                                                     state.most, ctypes.byref(after), self.m.mtmd_helper_post_decode_callback(), None)
+            if failed:
                 raise SystemExit("the picture could not be encoded")
         self.m.mtmd_input_chunks_free(chunks)
         self.m.mtmd_bitmap_free(bitmap)
