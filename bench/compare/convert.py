@@ -6,8 +6,8 @@
     python convert.py openvino DIR               DIR/ov-{bf16,int8,int4-32,int4-128}: optimum-intel's stateful export, weights by nncf
     python convert.py openvino-clip DIR          DIR/ov-{bf16,int8}: the layers that a LLaVA uses (all but the last)
     python convert.py ctranslate2 DIR            DIR/ct2-int8
-    python convert.py onnx DIR                   DIR/onnx-{int8,int4-32}.onnx: PyTorch's export, weights by onnxruntime's quantisers
-    python convert.py onnx-clip DIR              DIR/onnx-{f32,int8}.onnx
+    python convert.py onnx-clip DIR              DIR/onnx-{f32,int8}.onnx: PyTorch's export; weights in int8 with a scale per output, activations
+                                                 with a scale per tensor that is found at each call
 
 Every matrix is quantised, the embedding and the head too (llama.cpp: --pure; nncf: all_layers), so that all read the same bits.
 """
@@ -178,75 +178,27 @@ def ctranslate2(folder, args):
     c.converters.TransformersConverter(str(folder), low_cpu_mem_usage=True).convert(str(folder / "ct2-int8"), quantization="int8", force=True)
 
 
-def onnx_int8(source, target):
-    """Weights in int8 with a scale per output, activations with one scale per tensor that is found at each call."""
-    import onnx as o
-    from onnxruntime.quantization import QuantType, quantize_dynamic
-    model = o.load(source, load_external_data=False)
-    del model.graph.value_info[:]  # the exporter's, which its own optimiser has made untrue in places
-    o.save(model, source)
-    quantize_dynamic(str(source), str(target), weight_type=QuantType.QInt8, per_channel=True, use_external_data_format=True,
-                     op_types_to_quantize=["MatMul", "Gemm"])
-
-
-def onnx(folder, args):
-    import onnx as o
-    import torch
-    import torch.nn.functional as F
-    from onnxruntime.quantization.matmul_nbits_quantizer import DefaultWeightOnlyQuantConfig, MatMulNBitsQuantizer
-    from pytorch import Llama
-
-    class Decoder(Llama):
-        """ids [1, n] behind the `held` positions of each layer's keys and values: logits of the last, and all keys and values."""
-
-        def forward(self, ids, keys_and_values):
-            n, held = ids.shape[1], keys_and_values[0].shape[2]
-            cos, sin = self.cos[held:held + n], self.sin[held:held + n]
-            seen = torch.arange(held + n)[None, :] <= torch.arange(held, held + n)[:, None]
-            x, out = self.embedding[ids[0]], []
-            for i, layer in enumerate(self.layers):
-                qkv = layer.qkv(F.rms_norm(x, (self.hidden,), layer.norm1, self.eps)).view(1, n, -1, self.dim).transpose(1, 2)
-                q, k, v = qkv.split([self.heads, self.kv_heads, self.kv_heads], 1)
-                k = torch.cat([keys_and_values[2 * i], self.rotate(k, cos, sin)], 2)
-                v = torch.cat([keys_and_values[2 * i + 1], v], 2)
-                out += [k, v]
-                groups = self.rotate(q, cos, sin).view(1, self.kv_heads, -1, n, self.dim)
-                scores = groups @ k[:, :, None].transpose(3, 4) * self.dim**-0.5
-                y = scores.masked_fill(~seen, -1e9).softmax(-1) @ v[:, :, None]
-                x = x + layer.out(y.reshape(1, self.heads, n, self.dim).transpose(1, 2).reshape(n, -1))
-                gate, up = layer.gate_up(F.rms_norm(x, (self.hidden,), layer.norm2, self.eps)).split(self.intermediate, -1)
-                x = x + layer.down(F.silu(gate) * up)
-            return self.head(F.rms_norm(x[-1:], (self.hidden,), self.norm, self.eps)), out
-
-    model = Decoder(folder, "f32", 2, 8192).eval()
-    held = [torch.zeros(1, model.kv_heads, 5, model.dim) for _ in range(2 * len(model.layers))]
-    n, before = torch.export.Dim("n", min=1, max=4096), torch.export.Dim("held", min=0, max=4096)
-    with torch.no_grad():
-        program = torch.onnx.export(model, (torch.ones(1, 7, dtype=torch.int64), held), dynamo=True, opset_version=20,
-                                    dynamic_shapes={"ids": {1: n}, "keys_and_values": [{2: before} for _ in held]})
-    program.save(str(folder / "onnx-f32.onnx"), external_data=True)
-    del model, program
-    onnx_int8(folder / "onnx-f32.onnx", folder / "onnx-int8.onnx")
-    # accuracy_level 4: products of bytes.
-    four = MatMulNBitsQuantizer(o.load(folder / "onnx-f32.onnx"), algo_config=DefaultWeightOnlyQuantConfig(block_size=32, is_symmetric=True, accuracy_level=4))
-    four.process()
-    four.model.save_model_to_file(str(folder / "onnx-int4-32.onnx"), use_external_data_format=True)
-
-
 def onnx_clip(folder, args):
+    import onnx as o
     import torch
     from clip_features import Features
+    from onnxruntime.quantization import QuantType, quantize_dynamic
     side = json.loads((folder / "config.json").read_text())["image_size"]
     with torch.no_grad():
         program = torch.onnx.export(Features(folder, torch.float32).eval(), (torch.randn(1, 3, side, side),), dynamo=True, opset_version=20)
-    program.save(str(folder / "onnx-f32.onnx"), external_data=True)
-    onnx_int8(folder / "onnx-f32.onnx", folder / "onnx-int8.onnx")
+    source = folder / "onnx-f32.onnx"
+    program.save(str(source), external_data=True)
+    model = o.load(source, load_external_data=False)
+    del model.graph.value_info[:]  # the exporter's, which its own optimiser has made untrue in places
+    o.save(model, source)
+    quantize_dynamic(str(source), str(folder / "onnx-int8.onnx"), weight_type=QuantType.QInt8, per_channel=True, use_external_data_format=True,
+                     op_types_to_quantize=["MatMul", "Gemm"])
 
 
 def main():
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     kinds = {"gguf": gguf, "quantize": quantize, "mmproj": mmproj, "openvino": openvino, "openvino-clip": openvino_clip, "ctranslate2": ctranslate2,
-             "onnx": onnx, "onnx-clip": onnx_clip}
+             "onnx-clip": onnx_clip}
     parser.add_argument("kind", choices=kinds)
     parser.add_argument("folder", type=pathlib.Path)
     parser.add_argument("--name", default="model-bf16.gguf", help="gguf, quantize: the file of unquantised weights")

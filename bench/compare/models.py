@@ -90,8 +90,8 @@ class Setup:
     def ctranslate2(self):
         return Worker([self.python, HERE / "workers/ctranslate.py", self.model / "ct2-int8", "--threads", self.args.threads])
 
-    def onnx(self, name, folder=None):
-        return Worker([self.python, HERE / "workers/onnx_runtime.py", (folder or self.model) / f"onnx-{name}.onnx", "--threads", self.args.threads])
+    def onnx(self, name):
+        return Worker([self.python, HERE / "workers/onnx_runtime.py", self.clip / f"onnx-{name}.onnx", "--threads", self.args.threads])
 
     def ik(self, name, repack):
         """repack: weights laid out anew at load (-rtr of its programs), which speeds decoding and slows prompts."""
@@ -212,7 +212,6 @@ def four_bit(s):
         "llama.cpp Q4_0": ("q4_0", lambda: s.llama("q4_0", "--flash", "on"), n),
         "ik_llama.cpp Q4_0": ("q4_0", lambda: s.ik("q4_0", False), n // 4),
         "ik_llama.cpp Q4_0 -rtr": ("q4_0", lambda: s.ik("q4_0", True), n),
-        "onnxruntime int4 32": ("int4", lambda: s.onnx("int4-32"), n // 4),
         "OpenVINO int4 32": ("int4", lambda: s.openvino("int4-32", "--group", "32"), n // 4)})
 
 
@@ -227,7 +226,6 @@ def eight_bit(s):
         "torch int8": ("int8", lambda: s.pytorch("int8", "--context", s.prompt + 128), n // 4),
         "OpenVINO int8": ("int8", lambda: s.openvino("int8"), n // 4),
         "CTranslate2 int8": ("int8", s.ctranslate2, n // 4),
-        "onnxruntime int8": ("int8", lambda: s.onnx("int8"), n // 4),
         "ik_llama.cpp Q8_0 -rtr": ("q8_0", lambda: s.ik("q8_0", True), n),
         "llama.cpp Q8_0": ("q8_0", lambda: s.llama("q8_0", "--flash", "on"), n)})
 
@@ -326,14 +324,14 @@ def clip_torch(s, format_):
 def clip(s):
     openvino = lambda name: s.openvino(name, "--clip", folder=s.clip)
     clip_row(s, "bf16", ["bf16"], {"OpenVINO bf16": lambda: openvino("bf16"), "torch bf16": lambda: clip_torch(s, "bf16"),
-                                   "onnxruntime f32": lambda: s.onnx("f32", s.clip)})
+                                   "onnxruntime f32": lambda: s.onnx("f32")})
     clip_row(s, "8-bit", ["w8a8", "q8"], {"OpenVINO int8, static": lambda: openvino("int8-static"), "OpenVINO int8 weights": lambda: openvino("int8"),
-                                          "torch int8": lambda: clip_torch(s, "int8"), "onnxruntime int8": lambda: s.onnx("int8", s.clip)})
+                                          "torch int8": lambda: clip_torch(s, "int8"), "onnxruntime int8": lambda: s.onnx("int8")})
 
 
 def without_amx(s):
-    """As on a machine that has AVX-512 with bf16 and byte products and no AMX. OpenVINO with the f32 hint, the faster there; llama.cpp is left out, whose
-    build does not ask the environment."""
+    """As on a machine that has AVX-512 with bf16 and byte products and no AMX. OpenVINO with the f32 hint, the faster there. Left out are llama.cpp,
+    whose build does not ask the environment, and PyTorch in int8, which does not come to an end under the cap."""
     caps = {"M2LM_MAX_ISA": "avx512_bf16", "ONEDNN_MAX_CPU_ISA": "AVX512_CORE_BF16"}
     n = s.args.tokens
     os.environ.update(caps)
@@ -342,12 +340,12 @@ def without_amx(s):
             "ik_llama.cpp Q4_0": ("q4_0", lambda: s.ik("q4_0", False), n // 4), "ik_llama.cpp Q4_0 -rtr": ("q4_0", lambda: s.ik("q4_0", True), n),
             "OpenVINO int4 32": ("int4", lambda: s.openvino("int4-32", "--group", "32", "--hint", "f32"), n // 4)})
         language(s, "without AMX, 8-bit", ["w8a8", "q8"], {
-            "torch int8": ("int8", lambda: s.pytorch("int8", "--context", s.prompt + 128), n // 4), "CTranslate2 int8": ("int8", s.ctranslate2, n // 4),
-            "ik_llama.cpp Q8_0 -rtr": ("q8_0", lambda: s.ik("q8_0", True), n)})
+            "CTranslate2 int8": ("int8", s.ctranslate2, n // 4), "ik_llama.cpp Q8_0 -rtr": ("q8_0", lambda: s.ik("q8_0", True), n),
+            "OpenVINO int8": ("int8", lambda: s.openvino("int8", "--hint", "f32"), n // 4)})
         language(s, "without AMX, bf16", ["bf16"], {"torch compiled": ("bf16", lambda: s.pytorch("bf16", "--context", s.prompt + 128), n // 4)})
         clip_row(s, "8-bit, without AMX", ["w8a8"], {
             "OpenVINO int8, static": lambda: s.openvino("int8-static", "--clip", "--hint", "f32", folder=s.clip),
-            "torch int8": lambda: clip_torch(s, "int8"), "onnxruntime int8": lambda: s.onnx("int8", s.clip)})
+            "onnxruntime int8": lambda: s.onnx("int8")})
     finally:
         for name in caps:
             del os.environ[name]
@@ -357,6 +355,10 @@ def picture(s):
     """A picture and 33 tokens in, the first token out: 576 + 33 positions. OpenVINO's parts one after the other, without a projector; llama.cpp by what
     llama-mtmd-cli does."""
     llava, n = s.peers / "models/llava-1.1b", 33
+    if not llava.exists():
+        subprocess.run([s.args.bench, "--random", "llava-1.1b", "--write-checkpoint", llava], check=True)
+        for python, kind in ((s.python, "gguf"), (s.python, "mmproj"), (s.peers / "llama/bin/python", "quantize")):
+            subprocess.run([python, HERE / "convert.py", kind, llava], check=True, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
     pixels, _ = clip_reference(s)
     ids, noise = s.ids(576 + n), s.scratch / "noise.npy"
     np.save(noise, np.random.default_rng(1).integers(0, 256, (336, 336, 3), dtype=np.uint8))
