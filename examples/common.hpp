@@ -52,10 +52,10 @@ inline void add_version(CLI::App& app) {
 /// What --precision may say.
 inline constexpr m2lm::DType precisions[] = {m2lm::DType::f32, m2lm::DType::bf16, m2lm::DType::q8, m2lm::DType::q4, m2lm::DType::q4_128, m2lm::DType::w8a8};
 
-inline void add_precision(CLI::App& app, std::string& precision) {
+inline void add_precision(CLI::App& app, std::string& precision, const char* option = "--precision", const char* help = "Format of the packed weights") {
   std::vector<std::string> names;
   for (const m2lm::DType format : precisions) names.emplace_back(m2lm::dtype_name(format));
-  app.add_option("--precision", precision, "Format of the packed weights")->check(CLI::IsMember(names))->capture_default_str();
+  app.add_option(option, precision, help)->check(CLI::IsMember(names))->capture_default_str();
 }
 
 /// requires a name that add_precision has accepted.

@@ -17,7 +17,7 @@ namespace fs = std::filesystem;
 using program::Stopwatch;
 
 struct BenchOptions {
-  std::string model, random, write_checkpoint, precision = "bf16", isa, dump;
+  std::string model, random, write_checkpoint, precision = "bf16", encoders, isa, dump;
   std::vector<std::int64_t> prompt{512}, tokens{128}, depth{0}, lengths;
   std::vector<std::int32_t> ids;
   std::int64_t batch = 1, text_tokens = 33;
@@ -196,7 +196,9 @@ std::function<double()> time_batch(const M& m, std::int64_t count, const std::ve
 }
 
 m2lm::LoadOptions load_options(const BenchOptions& o) {
-  return {.precision = m2lm::Precision{.weights = program::precision_of(o.precision)}, .media_cache_bytes = 0};
+  m2lm::Precision precision{.weights = program::precision_of(o.precision)};
+  if (!o.encoders.empty()) precision.encoders = precision.projectors = program::precision_of(o.encoders);
+  return {.precision = precision, .media_cache_bytes = 0};
 }
 
 template <class M>
@@ -457,6 +459,7 @@ int main(int argc, char** argv) {
   app.add_option("--random", o.random, "Random weights of a model's dims instead")->check(CLI::IsMember({"llama-1.1b", "clip-l14-336", "llava-1.1b"}));
   app.add_option("--write-checkpoint", o.write_checkpoint, "Write what --random says to this directory, in bf16, and end")->type_name("DIR");
   program::add_precision(app, o.precision);
+  program::add_precision(app, o.encoders, "--encoders", "Format of an encoder's and a projector's weights; without it --precision, and bf16 beside integers");
   app.add_option("--threads", o.threads, "Threads to work with; 0 = one per core")->check(CLI::Range(0, 1024))->type_name("N");
   app.add_option("--isa", o.isa, "Highest instruction-set level to use, as M2LM_MAX_ISA")->type_name("LEVEL");
 

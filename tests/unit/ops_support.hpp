@@ -244,8 +244,8 @@ struct Cache {
   KeyValues kv;
   Cache(Context<B>& ctx, DType format, std::int64_t kv_heads, std::int64_t head_dim, std::int64_t capacity) {
     const KeyValuesPlan plan = ops::plan_key_values(ctx, format, kv_heads, head_dim, capacity);
-    keys.resize(plan.bytes);
-    values.resize(plan.bytes);
+    keys.assign(plan.bytes, std::byte{0xff});  // NaN: nothing may be read that was not stored
+    values.assign(plan.bytes, std::byte{0xff});
     kv = {format, kv_heads, head_dim, plan.capacity, keys.data(), values.data()};
   }
   Cache(const Cache&) = delete;

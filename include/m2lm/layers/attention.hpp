@@ -74,10 +74,6 @@ class SelfAttention {
     const auto bytes = static_cast<std::int64_t>(plan.bytes);
     const KeyValues kv{.format = format, .kv_heads = config_.kv_heads, .head_dim = config_.head_dim, .capacity = plan.capacity,
                        .keys = ctx.arena.template take<std::byte>(bytes), .values = ctx.arena.template take<std::byte>(bytes)};
-    if constexpr (HostBackend<B>) {  // a panel's padding is multiplied by 0; a device reads nothing behind the last key
-      ops::zero(ctx, kv.keys, bytes);
-      ops::zero(ctx, kv.values, bytes);
-    }
     ops::append_key_values(ctx, k_of(qkv), v_of(qkv), 0, kv);
     ops::attention(ctx, q_of(qkv), kv, tokens, 0, mask, scale(), mixed);
   }

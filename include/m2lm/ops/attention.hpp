@@ -51,7 +51,7 @@ struct RopeAppend;
 struct Attention;
 struct AttentionBackward;
 
-/// Sizes of the buffers for `capacity` keys. The buffers must be zero-filled before first use.
+/// Sizes of the buffers for `capacity` keys. What they hold at first does not matter to a host, where positions are stored from 0 on without a gap.
 template <class B>
 KeyValuesPlan plan_key_values(Context<B>& ctx, DType format, std::int64_t kv_heads, std::int64_t head_dim, std::int64_t capacity) {
   require(kv_heads > 0 && head_dim > 0 && capacity >= 0, "m2lm::ops::plan_key_values: ", kv_heads, " heads of ", head_dim, " for ", capacity, " keys");

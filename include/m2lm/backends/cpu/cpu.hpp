@@ -12,6 +12,7 @@
 
 #include <algorithm>
 #include <memory>
+#include <mutex>
 #include <optional>
 #include <span>
 #include <string_view>
@@ -27,10 +28,27 @@ struct CpuOptions {
   bool int8_dot = true;  ///< weights that are integers: use VPDPBUSD where level and machine have it; no bit of a result depends on it
 };
 
+namespace detail {
+
+/// Where packed weights lie: one behind the other in large buffers, so that all of them are in huge pages. (Alone a matrix fills none, or has a
+/// rest of up to 2 MB beside those that it fills.)
+class WeightMemory {
+  std::mutex busy_;
+  std::weak_ptr<AlignedBytes> buffer_;  // the last one; it lives as long as matrices in it
+  std::size_t used_ = 0;
+
+ public:
+  /// `bytes` on a 64-byte border, uninitialised. They stay as long as the pointer or a copy of it. May be called by several threads.
+  std::shared_ptr<std::byte> take(std::size_t bytes);
+};
+
+}  // namespace detail
+
 /// A pool of threads and a kernel table. Copies share both; so do models made from one backend.
 class Cpu {
   struct State {
     ThreadPool pool;
+    detail::WeightMemory weights{};
     const detail::KernelTable* kernels;
     State(int threads, const detail::KernelTable* table) : pool(threads), kernels(table) {}
   };
@@ -49,6 +67,8 @@ class Cpu {
   IsaLevel isa() const { return state_->kernels->level; }
   /// Shared by all copies of this backend.
   ThreadPool& pool() const { return state_->pool; }
+  /// Where weights that it packs lie.
+  detail::WeightMemory& weights() const { return state_->weights; }
   /// The functions of that level.
   const detail::KernelTable& kernels() const { return *state_->kernels; }
 };

@@ -171,6 +171,24 @@ inline std::size_t panel_bytes(DType format, std::int64_t k) {
   return static_cast<std::size_t>(panel_width * k) * dtype_size(format);
 }
 
+M2LM_IMPL std::shared_ptr<std::byte> WeightMemory::take(std::size_t bytes) {
+  // A buffer is address space until it is written to. A matrix that is small beside a huge page, or large beside a buffer, has memory of its own.
+  constexpr std::size_t buffer_bytes = std::size_t{1} << 26, smallest = huge_page / 4, largest = buffer_bytes / 2;
+  if (bytes < smallest || bytes > largest) {
+    const auto owner = std::make_shared<AlignedBytes>(aligned_bytes(bytes));
+    return {owner, owner->get()};
+  }
+  const std::lock_guard lock(busy_);
+  std::shared_ptr<AlignedBytes> buffer = buffer_.lock();
+  if (!buffer || used_ + bytes > buffer_bytes) {
+    buffer_ = buffer = std::make_shared<AlignedBytes>(aligned_bytes(buffer_bytes));
+    used_ = 0;
+  }
+  std::byte* const begin = buffer->get() + used_;
+  used_ = (used_ + bytes + tensor_alignment - 1) / tensor_alignment * tensor_alignment;
+  return {buffer, begin};
+}
+
 M2LM_IMPL std::size_t cpu_packed_bytes(const Cpu& cpu, DType format, std::int64_t rows, std::int64_t cols, bool gated) {
   return static_cast<std::size_t>(panels_of(rows, gated)) * panel_bytes(format, round_up(cols, cpu_format(cpu, format).k_step));
 }
@@ -181,8 +199,8 @@ M2LM_IMPL PackedMatrix cpu_pack(const Cpu& cpu, std::span<const AnyTensor> sourc
                        most_row_inputs, " products in 32 bits; use q8");
   const std::int64_t k = round_up(from.cols, cpu_format(cpu, format).k_step), panels = from.panels();
   const std::size_t each = panel_bytes(format, k), bytes = static_cast<std::size_t>(panels) * each;
-  auto owner = std::make_shared<AlignedBytes>(aligned_bytes(bytes));
-  std::byte* out = owner->get();
+  const std::shared_ptr<std::byte> memory = cpu.weights().take(bytes);
+  std::byte* out = memory.get();
   cpu.pool().run([&](int part) {
     const Range mine = split(panels, cpu.threads(), part);
     for (std::int64_t panel = mine.begin; panel < mine.end; ++panel) {
@@ -199,9 +217,7 @@ M2LM_IMPL PackedMatrix cpu_pack(const Cpu& cpu, std::span<const AnyTensor> sourc
         pack_panel(from, format, panel, k, to);
     }
   });
-  PackedMatrix packed{.format = format, .rows = from.rows, .cols = from.cols, .gated = gated, .data = {}, .bytes = bytes};
-  packed.data = std::shared_ptr<const std::byte>(owner, out);
-  return packed;
+  return {.format = format, .rows = from.rows, .cols = from.cols, .gated = gated, .data = memory, .bytes = bytes};
 }
 
 M2LM_IMPL void cpu_linear(const Cpu& cpu, Arena& arena, Matrix<const float> x, const PackedMatrix& w, const Epilogue<float>& epilogue, Matrix<float> y) {
@@ -261,10 +277,10 @@ M2LM_IMPL void cpu_copy_key_values(const KeyValues& from, std::int64_t count, co
   const std::int64_t dk = round_up(from.head_dim, pair) * element, dv = round_up(from.head_dim, panel_width);
   const auto copy = [](const std::byte* source, std::byte* target, std::int64_t bytes) { std::memcpy(target, source, static_cast<std::size_t>(bytes)); };
   for (std::int64_t h = 0; h < from.kv_heads; ++h) {
-    // Whole panels of keys; of values, each panel's part of the positions. What lies behind `count` is read only to be multiplied by 0.
+    // Whole panels of keys; of values, each panel's part of the positions. What lies behind `count` in a panel is multiplied by 0: it is copied too.
     copy(from.keys + h * from.capacity * dk, to.keys + h * to.capacity * dk, round_up(count, panel_width) * dk);
     for (std::int64_t c = 0; c < dv; c += panel_width)
-      copy(from.values + (h * dv + c) * from.capacity * element, to.values + (h * dv + c) * to.capacity * element, round_up(count, pair) * panel_width * element);
+      copy(from.values + (h * dv + c) * from.capacity * element, to.values + (h * dv + c) * to.capacity * element, round_up(count, panel_width) * panel_width * element);
   }
 }
 
@@ -275,7 +291,7 @@ M2LM_IMPL void cpu_attention(const Cpu& cpu, Arena& arena, Matrix<const float> q
   AttentionJob job{.q = q.data(), .ldq = q.stride(0), .keys_data = kv.keys, .values_data = kv.values, .tokens = q.extent(0),
                    .heads = q.extent(1) / kv.head_dim, .kv_heads = kv.kv_heads, .head_dim = kv.head_dim, .capacity = kv.capacity,
                    .keys = keys, .first = first, .mask = mask, .sinks = sinks, .scale = scale, .y = y.data(), .ldy = y.stride(0)};
-  constexpr std::int64_t worth_a_barrier = 1 << 17, tiles_per_thread = 4;
+  constexpr std::int64_t worth_a_barrier = 1 << 15, tiles_per_thread = 4;
   const int parts = q.elements() * keys < worth_a_barrier ? 1 : cpu.threads();
   const std::int64_t tiles = kv.kv_heads * ((job.tokens * (job.heads / kv.kv_heads) + kernels.rows - 1) / kernels.rows);
   const bool share_keys = parts > 1 && tiles < parts * tiles_per_thread && keys > key_segment;

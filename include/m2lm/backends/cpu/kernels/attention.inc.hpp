@@ -389,7 +389,8 @@ inline void append_values(const float* x, std::int64_t ldx, std::int64_t count, 
   }
 }
 
-// One head's keys and values of `tokens` positions from `first` on.
+// One head's keys and values of `tokens` positions from `first` on. A panel that begins with them is zero behind them: attention multiplies what
+// lies there by 0.
 template <class W>
 void append(const float* k, std::int64_t ld_k, const float* v, std::int64_t ld_v, std::int64_t tokens, std::int64_t first, const KeyValues& kv, std::int64_t head) {
   const std::int64_t d = kv.head_dim, dk = round_up(d, static_cast<std::int64_t>(sizeof(float) / sizeof(W))), dv = round_up(d, panel_width);
@@ -398,6 +399,11 @@ void append(const float* k, std::int64_t ld_k, const float* v, std::int64_t ld_v
   const std::int64_t start = first - (M2LM_FAULT(21) && first > 0 ? 1 : 0);
   for (std::int64_t t = 0; t < tokens;) {
     const std::int64_t key = start + t, lane = key % panel_width, count = tokens - t < panel_width - lane ? tokens - t : panel_width - lane;
+    if (lane == 0 && count < panel_width) {
+      __builtin_memset(static_cast<void*>(keys + key * dk), 0, static_cast<std::size_t>(panel_width * dk) * sizeof(W));
+      for (std::int64_t c = 0; c < dv; c += panel_width)
+        __builtin_memset(static_cast<void*>(values + c * kv.capacity + key * panel_width), 0, static_cast<std::size_t>(panel_width * panel_width) * sizeof(W));
+    }
     append_keys(k + t * ld_k + head * d, ld_k, count, d, lane, keys + (key - lane) * dk);
     append_values(v + t * ld_v + head * d, ld_v, count, d, key, values, kv.capacity);
     t += count;

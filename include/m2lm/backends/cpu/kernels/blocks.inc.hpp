@@ -6,10 +6,22 @@
 
 inline constexpr int vectors_per_strip = static_cast<int>(strip_width) / width;
 
-// A thread reads its strips from one end to the other; DRAM wants to be asked this far ahead, and into L2: L1 has few places to wait in.
-inline constexpr std::int64_t prefetch_distance = 9216;
 // Rows up to which the weights are what a product waits for.
 inline constexpr int prefetch_rows = 4;
+
+// What a thread that reads from one end to the other asks for. DRAM wants to be asked far ahead, and into L2: L1 has few places to wait in; and L2
+// a little ahead, or the loads that wait for it leave no room for those behind them. Every line once: asking twice takes a place too.
+struct Stream {
+  static constexpr std::int64_t line = 64, into_l1 = 1024, into_l2 = 3072;
+  const std::byte *near, *far;
+
+  [[gnu::always_inline]] explicit Stream(const std::byte* begin) : near(begin + into_l1), far(begin + into_l2) {}
+  // Before what ends at `end` is read.
+  [[gnu::always_inline]] void read_to(const std::byte* end) {
+    for (; near < end + into_l1; near += line) __builtin_prefetch(near, 0, 3);
+    for (; far < end + into_l2; far += line) __builtin_prefetch(far, 0, 2);
+  }
+};
 
 // Vectors of a strip that are computed together: all for one row, which the weights are read for once; else one, so that a block of
 // weights and the sums fit into the registers.
@@ -27,14 +39,14 @@ template <DType format, int Rows>
     const std::int32_t* starts = rows.starts + rows.first_block(row);
     const std::byte* tile = strip;
     const std::byte* const end = strip + rows.blocks * tile_bytes(format);
+    Stream stream(strip);
     Vec sum[Rows][together];
     M2LM_UNROLL
     for (int r = 0; r < Rows; ++r)
       M2LM_UNROLL
       for (int v = 0; v < together; ++v) sum[r][v] = set(0.0F);
     for (; tile < end; tile += tile_bytes(format), x += rows.group * block_values, scales += rows.group, starts += rows.group) {
-      if constexpr (Rows <= prefetch_rows)
-        for (std::int64_t line = 0; line < tile_bytes(format); line += 64) __builtin_prefetch(tile + prefetch_distance + line, 0, 2);
+      if constexpr (Rows <= prefetch_rows) stream.read_to(tile + tile_bytes(format));
       M2LM_UNROLL
       for (int v = 0; v < together; ++v) {
         const BlockWeights<quantised_format(format).bits> w(tile + (first + v) * width * 4);
@@ -69,6 +81,7 @@ template <DType format, int Rows>
     const float* scales = rows.scales + rows.first_block(row);
     const std::int32_t* starts = rows.starts + rows.first_block(row);
     const std::byte* tile = strip;
+    Stream stream(strip);
     M2LM_UNROLL
     for (int r = 0; r < Rows; ++r)
       M2LM_UNROLL
@@ -80,8 +93,7 @@ template <DType format, int Rows>
         M2LM_UNROLL
         for (int r = 0; r < Rows; ++r) sum[v][r] = set_ints(starts[r]);
       for (const std::byte* const end = tile + layout.values_bytes(rows.block); tile < end; tile += chunk_bytes, x += rows.group * layout.chunk) {
-        if constexpr (Rows <= prefetch_rows)
-          for (std::int64_t line = 0; line < chunk_bytes; line += 64) __builtin_prefetch(tile + prefetch_distance + line, 0, 2);
+        if constexpr (Rows <= prefetch_rows) stream.read_to(tile + chunk_bytes);
         M2LM_UNROLL
         for (std::int64_t piece = 0; piece < layout.chunk / 32; ++piece)
           M2LM_UNROLL

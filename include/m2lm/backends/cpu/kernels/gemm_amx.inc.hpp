@@ -15,8 +15,9 @@ inline constexpr std::int64_t most_rows = 512;
 // Where so few rows of x fit that the weights were read too often: rows, steps of a chunk of them (512 KB, so that the next chunk fits beside
 // it), and panels that pass by a chunk; their sums (512 KB) wait in L2 for the next.
 inline constexpr std::int64_t chunk_rows = 256, chunk_steps = 32, chunk_panels = 16;
-// With so few rows the weights are what a product waits for; DRAM is asked so far ahead.
-inline constexpr std::int64_t stream_tiles = 2, stream_distance = 16384;
+// With so few rows the weights are what a product waits for; DRAM is asked so far ahead. Where the two strips of a panel lie apart, each is asked
+// for by itself, and nearer: into L2, and a step ahead into L1.
+inline constexpr std::int64_t stream_tiles = 2, stream_distance = 16384, strip_distance = 3072;
 
 /// Rows at once, and steps of a chunk of them.
 struct GemmWalk {
@@ -31,10 +32,11 @@ inline GemmWalk gemm_walk(std::int64_t m, std::int64_t steps) {
   return {round_up((m + blocks - 1) / blocks, tile_height), steps > 0 ? steps : 1};
 }
 
-/// Memory to ask for while a product runs: `lines` cache lines per step, from `at` on.
+/// Memory to ask for while a product runs: `lines` cache lines per step, from `at` on; with `strips` what lies ahead in each strip.
 struct Ahead {
   const std::byte* at = nullptr;
   std::int64_t lines = 0;
+  bool strips = false;
 };
 
 /// What a panel's tiles are made of.
@@ -42,6 +44,7 @@ struct Bf16Products {
   using Sum = float;
   static constexpr std::int64_t row_stride = panel_width * 4, panel_step = step_bytes;
   static constexpr std::int64_t second_strip(std::int64_t) { return tile_row_bytes; }
+  static constexpr bool strips_apart = false;
   static constexpr std::int64_t panel_bytes(std::int64_t k) { return k * panel_width * 2; }
   static constexpr std::int64_t full_steps(std::int64_t k) { return k / step_inputs; }
   template <int sum, int x, int w>
@@ -56,6 +59,7 @@ struct W8a8Products {
   static constexpr QuantisedFormat layout = quantised_format(DType::w8a8);
   static constexpr std::int64_t row_stride = tile_row_bytes, panel_step = step_bytes / 2;
   static constexpr std::int64_t second_strip(std::int64_t k) { return layout.strip_bytes(k); }
+  static constexpr bool strips_apart = true;
   static constexpr std::int64_t panel_bytes(std::int64_t k) { return 2 * layout.strip_bytes(k); }
   static constexpr std::int64_t full_steps(std::int64_t k) { return k / layout.chunk; }
   template <int sum, int x, int w>
@@ -97,10 +101,19 @@ template <class Products, int tiles>
     tile_zero<2>();
     tile_zero<3>();
   }
+  const auto ask = [&](const std::byte* strip) {
+    if constexpr (Products::strips_apart)
+      for (std::int64_t line = 0; ahead.strips && line < Products::panel_step; line += 64) {
+        __builtin_prefetch(strip + Products::panel_step + line, 0, 3);
+        __builtin_prefetch(strip + strip_distance + line, 0, 2);
+      }
+  };
   const auto step = [&](const std::byte* panel) {
+    ask(panel);
     tile_load<6>(panel, Products::row_stride);
     tile_load_once<4>(x, tile_row_bytes);
     Products::template add<0, 4, 6>();
+    ask(panel + second);
     tile_load<7>(panel + second, Products::row_stride);
     Products::template add<1, 4, 7>();
     if constexpr (tiles == 2) {
@@ -175,7 +188,8 @@ void tile_gemm(const GemmJob& job, int part, int parts, std::byte* scratch) {
             const std::byte* next = end < chunk_end || !chunked ? w + (end - s) * panel_step : w - (s - chunk) * panel_step + panel_bytes;
             const std::int64_t lines = (step_bytes / 64 + pairs - 1) / pairs;
             for (std::int64_t t = 0; t < tiles; t += 2) {
-              const Ahead ahead{.at = tiles <= stream_tiles ? w + stream_distance : next + t / 2 * lines * 64 * at_once, .lines = lines};
+              const bool stream = tiles <= stream_tiles, strips = stream && Products::strips_apart;
+              const Ahead ahead{.at = stream ? w + stream_distance : next + t / 2 * lines * 64 * at_once, .lines = strips ? 0 : lines, .strips = strips};
               const std::byte* rows_of_x = x + t * tile_distance + s * x_step;
               float* to = c + t * tile_height * panel_width;
               if (t + 1 < tiles)
