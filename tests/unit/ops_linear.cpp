@@ -411,7 +411,7 @@ TEST_CASE("linear: blocks of a checkpoint whose scale is infinite or no number g
     for (float& v : x.span()) v = random.value();
     std::vector<Tensor<float>> results;
     for (const Variant& variant : variants(Block::dtype)) {
-      if (variant.level == IsaLevel::baseline) continue;
+      if (variant.level == IsaLevel::baseline) continue;  // has no FMA: other bits
       Runner<Cpu> cpu(Cpu(variant.options(1)));
       results.emplace_back(Shape{m, rows});
       ops::linear(cpu.ctx, matrix(std::as_const(x)), ops::pack(cpu.ctx, std::span(&source, 1), Block::dtype), {}, results.back().view<2>());
@@ -424,7 +424,7 @@ TEST_CASE("linear: blocks of a checkpoint whose scale is infinite or no number g
         CHECK(got(i, infinite_row + 1) == first(i, infinite_row + 1));
       }
     }
-    CHECK(std::isinf(results.front().view<2>()(0, infinite_row)));
+    if (!results.empty()) CHECK(std::isinf(results.front().view<2>()(0, infinite_row)));  // a machine may have no level but the baseline
   };
   check_blocks(Q8Block{});
   check_blocks(Q4Block{});

@@ -59,7 +59,7 @@ struct AttentionWarpgroupsPolicy {
   int keys = 128;      ///< of a tile
   int stages = 2;      ///< tiles in shared memory
   /// Of a thread that computes, and of one that copies: with 384 threads each has 168 at first, of the 65,536 of a multiprocessor.
-  int registers = 240, copying_registers = 24;
+  int registers = 232, copying_registers = 40;
 
   M2LM_HOST_DEVICE constexpr int warps() const { return 4 * warpgroups; }            ///< that compute
   M2LM_HOST_DEVICE constexpr int threads() const { return 128 * (warpgroups + 1); }  ///< one warp of the last warpgroup asks for the tiles
