@@ -158,7 +158,7 @@ class Setup:
             if self.args.json:
                 with open(self.args.json, "a") as file:
                     file.write(json.dumps({"row": row, "who": name, "peer": peer, "value": value, "unit": unit, "rounds": values[name], "ratio": ratio,
-                                           "best_peer": best, "machine": self.machine, "model": str(self.model)}) + "\n")
+                                           "best_peer": best, "machine": self.machine, "model": self.model.name}) + "\n")
         return middle
 
     def prefill_and_decode(self, row, ours, peers):
