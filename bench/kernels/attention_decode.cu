@@ -18,14 +18,6 @@ namespace {
 using namespace m2lm;
 using Clock = std::chrono::steady_clock;
 
-void* filled(cuda::Device& device, std::int64_t count, Rng& rng) {
-  std::vector<Bf16> values(static_cast<std::size_t>(count));
-  for (Bf16& x : values) x = to_bf16(static_cast<float>(2 * rng.uniform() - 1));
-  void* p = device.allocate(values.size() * sizeof(Bf16));
-  device.copy_to_device(p, values.data(), values.size() * sizeof(Bf16));
-  return p;
-}
-
 void time_ways(cuda::Device& device, int heads, int kv_heads, int head_dim, int count) {
   constexpr int rounds = 9, calls = 50;
   Rng rng(1);
@@ -36,7 +28,7 @@ void time_ways(cuda::Device& device, int heads, int kv_heads, int head_dim, int 
   const int caches = static_cast<int>(std::max<std::int64_t>(1, (std::int64_t{256} << 20) / (4 * cache)));
   std::vector<void*> memory;
   std::vector<m2lm_bench::Decode> problems;
-  d.q = static_cast<const Bf16*>(memory.emplace_back(filled(device, row, rng)));
+  d.q = static_cast<const Bf16*>(memory.emplace_back(m2lm_bench::random_bf16(device, row, rng)));
   d.y = static_cast<Bf16*>(memory.emplace_back(device.allocate(static_cast<std::size_t>(row) * sizeof(Bf16))));
   d.scratch = static_cast<float*>(memory.emplace_back(device.allocate(static_cast<std::size_t>(m2lm_bench::scratch_floats(d)) * sizeof(float))));
   KeyValues kv;
@@ -45,8 +37,8 @@ void time_ways(cuda::Device& device, int heads, int kv_heads, int head_dim, int 
   void* library_scratch =
       memory.emplace_back(device.allocate(std::max<std::size_t>(16, cuda::attention_scratch<Bf16>(device.properties(), 1, heads, kv, count))));
   for (int i = 0; i < caches; ++i) {
-    d.keys = static_cast<const Bf16*>(memory.emplace_back(filled(device, cache, rng)));
-    d.values = static_cast<const Bf16*>(memory.emplace_back(filled(device, cache, rng)));
+    d.keys = static_cast<const Bf16*>(memory.emplace_back(m2lm_bench::random_bf16(device, cache, rng)));
+    d.values = static_cast<const Bf16*>(memory.emplace_back(m2lm_bench::random_bf16(device, cache, rng)));
     problems.push_back(d);
   }
   std::vector<std::vector<double>> seconds(m2lm_bench::ways);

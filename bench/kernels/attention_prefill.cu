@@ -20,24 +20,16 @@ namespace {
 using namespace m2lm;
 using Clock = std::chrono::steady_clock;
 
-Bf16* filled(cuda::Device& device, std::int64_t count, Rng& rng) {
-  std::vector<Bf16> values(static_cast<std::size_t>(count));
-  for (Bf16& x : values) x = to_bf16(static_cast<float>(2 * rng.uniform() - 1));
-  auto* p = static_cast<Bf16*>(device.allocate(values.size() * sizeof(Bf16)));
-  device.copy_to_device(p, values.data(), values.size() * sizeof(Bf16));
-  return p;
-}
-
 void time_kernels(cuda::Device& device, std::int64_t tokens, std::int64_t heads, std::int64_t kv_heads, std::int64_t head_dim, bool causal) {
   constexpr int rounds = 9, calls = 10;
   constexpr cuda::PrefillKernel kernels[2] = {cuda::PrefillKernel::warps, cuda::PrefillKernel::warpgroups};
   Rng rng(1);
   const std::int64_t elements = tokens * heads * head_dim;
-  Bf16* const q = filled(device, elements, rng);
+  Bf16* const q = m2lm_bench::random_bf16(device, elements, rng);
   KeyValues kv{DType::bf16, kv_heads, head_dim, tokens, nullptr, nullptr};
-  kv.keys = reinterpret_cast<std::byte*>(filled(device, tokens * kv_heads * head_dim, rng));
-  kv.values = reinterpret_cast<std::byte*>(filled(device, tokens * kv_heads * head_dim, rng));
-  Bf16* const y[2] = {filled(device, elements, rng), filled(device, elements, rng)};
+  kv.keys = reinterpret_cast<std::byte*>(m2lm_bench::random_bf16(device, tokens * kv_heads * head_dim, rng));
+  kv.values = reinterpret_cast<std::byte*>(m2lm_bench::random_bf16(device, tokens * kv_heads * head_dim, rng));
+  Bf16* const y[2] = {m2lm_bench::random_bf16(device, elements, rng), m2lm_bench::random_bf16(device, elements, rng)};
   void* const scratch = device.allocate(std::max<std::size_t>(16, cuda::attention_scratch<Bf16>(device.properties(), tokens, heads, kv, tokens)));
   const auto run = [&](int i) {
     cuda::attention<Bf16>(device, Matrix<const Bf16>(q, {tokens, heads * head_dim}), kv, {.length = nullptr, .first = 0, .most_keys = tokens},

@@ -18,21 +18,13 @@ namespace {
 using namespace m2lm;
 using Clock = std::chrono::steady_clock;
 
-Bf16* filled(cuda::Device& device, std::int64_t count, Rng& rng) {
-  std::vector<Bf16> values(static_cast<std::size_t>(count));
-  for (Bf16& x : values) x = to_bf16(static_cast<float>(2 * rng.uniform() - 1));
-  auto* p = static_cast<Bf16*>(device.allocate(values.size() * sizeof(Bf16)));
-  device.copy_to_device(p, values.data(), values.size() * sizeof(Bf16));
-  return p;
-}
-
 void time_ways(cuda::Device& device, int rows, int cols) {
   constexpr int rounds = 9, calls = 50;
   Rng rng(1);
   const std::int64_t elements = std::int64_t{rows} * cols;
   m2lm_bench::Norm n{.rows = rows, .cols = cols};
-  Bf16* const x = filled(device, elements, rng);
-  Bf16* const weight = filled(device, cols, rng);
+  Bf16* const x = m2lm_bench::random_bf16(device, elements, rng);
+  Bf16* const weight = m2lm_bench::random_bf16(device, cols, rng);
   n.x = x;
   n.weight = weight;
   n.y = static_cast<Bf16*>(device.allocate(static_cast<std::size_t>(elements) * sizeof(Bf16)));
