@@ -3,12 +3,19 @@
 Each program is a process of its own that waits for a line before every round, so that rounds are taken in turns and none spins while another
 is timed. DIR is what install.sh and make_models.py made: DIR/{bin,llama,llama-avx2,ik}, DIR/models. What each computes for the same prompt is
 compared with f32 before anything is timed. The bandwidth probe is taken before each round.
+
+A round repeats what it times, the same number of times for all, until it takes the fastest program --least seconds: shorter rounds are noise.
+
+--random draws the dims of a model (hidden a multiple of 32 from 512 to 5120, any heads that divide it), a prompt of 77, 333 or 1500 and a context of 100
+to 3000 from --seed, makes it in DIR/models/random-SEED where it does not lie there yet (up to 3 GB, for the time of making 6), and takes the rows 4-bit,
+8-bit, bf16 and context with it.
 """
 
 import json
 import os
 import pathlib
 import random
+import shutil
 import statistics
 import subprocess
 import sys
@@ -16,6 +23,8 @@ import tempfile
 import time
 
 import numpy as np
+
+import draws
 
 HERE = pathlib.Path(__file__).resolve().parent
 ROWS = ["4-bit", "4-bit-128", "8-bit", "bf16", "context", "batch", "clip", "picture", "load", "avx2", "no-amx"]
@@ -136,30 +145,42 @@ class Setup:
 
     # ---- rounds -------------------------------------------------------------------------------------------------------------
 
-    def rounds(self, row, candidates, unit, probes=None, smaller_is_better=False):
-        """candidates: {name: (peer?, function that returns a value in `unit`)}; prints medians and ratios to the best peer."""
+    def rounds(self, row, candidates, unit):
+        """candidates: {name: (peer?, function that returns seconds, tokens that it computes in them)}; prints medians of tokens per second or of
+        milliseconds, and ratios to the best peer."""
+        fastest = min(self.round(candidates, 1).values())
+        if fastest < self.args.least:  # the first round also wakes what has slept
+            fastest = min(fastest, *self.round(candidates, 1).values())
+        repeats = draws.repeats(fastest, self.args.least)
+        value = (lambda name, seconds: seconds * 1e3) if unit == "ms" else (lambda name, seconds: candidates[name][2] / seconds)
         values = {name: [] for name in candidates}
-        for round_ in range(self.args.rounds + 1):
-            for name, (_, run) in candidates.items():
-                time.sleep(0.3)
-                value = run()
-                if round_ > 0:  # the first warms up
-                    values[name].append(value)
+        for _ in range(self.args.rounds):
+            for name, seconds in self.round(candidates, repeats).items():
+                values[name].append(value(name, seconds))
         middle = {name: statistics.median(v) for name, v in values.items()}
-        choose = min if smaller_is_better else max
-        theirs = [name for name, (peer, _) in candidates.items() if peer]
+        choose = min if unit == "ms" else max
+        theirs = [name for name, candidate in candidates.items() if candidate[0]]
         best = choose(theirs, key=middle.get) if theirs else None
-        for name, value in middle.items():
+        for name, median in middle.items():
             peer = candidates[name][0]
-            ratio = None if peer or not best else (middle[best] / value if smaller_is_better else value / middle[best])
-            spread = (max(values[name]) - min(values[name])) / value
+            ratio = None if peer or not best else (middle[best] / median if unit == "ms" else median / middle[best])
+            spread = (max(values[name]) - min(values[name])) / median
             text = f"  {ratio:5.2f}x {best}" if ratio else ""
-            print(f"{row:34} {name:30} {value:10.2f} {unit} (spread {spread:4.0%}){text}", flush=True)
+            print(f"{row:34} {name:30} {median:10.2f} {unit} (spread {spread:4.0%}){text}", flush=True)
             if self.args.json:
                 with open(self.args.json, "a") as file:
-                    file.write(json.dumps({"row": row, "who": name, "peer": peer, "value": value, "unit": unit, "rounds": values[name], "ratio": ratio,
-                                           "best_peer": best, "machine": self.machine, "model": self.model.name}) + "\n")
-        return middle
+                    file.write(json.dumps({"row": row, "who": name, "peer": peer, "value": median, "unit": unit, "rounds": values[name], "repeats": repeats,
+                                           "ratio": ratio, "best_peer": best, "machine": self.machine, "model": self.model.name}) + "\n")
+        if repeats > 1:
+            print(f"    {repeats} times in each round")
+
+    def round(self, candidates, repeats):
+        """Mean seconds of `repeats` runs, by name."""
+        seconds = {}
+        for name, (_, run, _) in candidates.items():
+            time.sleep(0.3)
+            seconds[name] = statistics.mean(run() for _ in range(repeats))
+        return seconds
 
     def prefill_and_decode(self, row, ours, peers):
         """ours: {name: worker}; peers: {name: (worker, tokens that it decodes)}."""
@@ -169,13 +190,13 @@ class Setup:
         def own(worker, test):
             answer = worker.ask(test)
             probes.append(answer["read_gb_per_second"])
-            return answer["tokens_per_second"]
+            return answer["seconds"]
 
-        candidates = {name: (False, lambda w=w: own(w, "prefill")) for name, w in ours.items()}
-        candidates |= {name: (True, lambda w=w: len(ids) / w.ask(do="prefill", ids=ids)["seconds"]) for name, (w, _) in peers.items()}
+        candidates = {name: (False, lambda w=w: own(w, "prefill"), len(ids)) for name, w in ours.items()}
+        candidates |= {name: (True, lambda w=w: w.ask(do="prefill", ids=ids)["seconds"], len(ids)) for name, (w, _) in peers.items()}
         self.rounds(f"{row}, prefill {len(ids)}", candidates, "tok/s")
-        candidates = {name: (False, lambda w=w: own(w, "decode")) for name, w in ours.items()}
-        candidates |= {name: (True, lambda w=w, m=m: m / w.ask(do="decode", ids=[1], n=m)["seconds"]) for name, (w, m) in peers.items() if m}
+        candidates = {name: (False, lambda w=w: own(w, "decode"), n) for name, w in ours.items()}
+        candidates |= {name: (True, lambda w=w, m=m: w.ask(do="decode", ids=[1], n=m)["seconds"], m) for name, (w, m) in peers.items() if m}
         self.rounds(f"{row}, decode {n}", candidates, "tok/s")
         print(f"    reading memory meanwhile: {statistics.median(probes):.1f} GB/s")
         probe_buffer = 1 << 28  # of m2lm-bench itself, behind loading
@@ -245,20 +266,19 @@ def context(s):
     ours = s.ours("q4", "-p", "0", "-n", n, "--depth", len(ids))
     llama = s.llama("q4_0", "--flash", "off", "--context", (len(ids) + n + 255) // 256 * 256)
     s.rounds(f"4-bit, decode behind {len(ids)}", {
-        "m2lm q4": (False, lambda: ours.ask("decode")["tokens_per_second"]),
-        "llama.cpp Q4_0": (True, lambda: n / llama.ask(do="decode", ids=ids, n=n)["seconds"])}, "tok/s")
+        "m2lm q4": (False, lambda: ours.ask("decode")["seconds"], n),
+        "llama.cpp Q4_0": (True, lambda: llama.ask(do="decode", ids=ids, n=n)["seconds"], n)}, "tok/s")
     ours.close()
     llama.close()
 
 
 def batch(s):
-    n = 32
-    prompts = [s.ids(length) for length in LENGTHS]
+    n, prompts = 32, [s.ids(length) for length in LENGTHS]
     ours = s.ours("q4", "-n", n, "--lengths", ",".join(map(str, LENGTHS)))
     llama = s.llama("q4_0", "--flash", "off", "--context", "8192", "--sequences", len(prompts))
     s.rounds(f"4-bit, {len(prompts)} ragged prompts", {
-        "m2lm q4": (False, lambda: ours.ask("decode")["tokens_per_second"]),
-        "llama.cpp Q4_0": (True, lambda: len(prompts) * n / llama.ask(do="batch", prompts=prompts, n=n)["seconds"])}, "tok/s")
+        "m2lm q4": (False, lambda: ours.ask("decode")["seconds"], len(prompts) * n),
+        "llama.cpp Q4_0": (True, lambda: llama.ask(do="batch", prompts=prompts, n=n)["seconds"], len(prompts) * n)}, "tok/s")
     ours.close()
     llama.close()
 
@@ -310,9 +330,9 @@ def clip_row(s, row, precisions, peers):
 
     ours = {f"m2lm {p}": own(p) for p in precisions}
     theirs = {name: peer(name, start()) for name, start in peers.items()}
-    candidates = {n: (False, lambda w=w: w.ask("clip")["seconds"] * 1e3) for n, w in ours.items()}
-    candidates |= {n: (True, lambda w=w: w.ask(do="encode", pixels=str(pixels))["seconds"] * 1e3) for n, w in theirs.items()}
-    s.rounds(f"CLIP L/14-336, {row}", candidates, "ms", smaller_is_better=True)
+    candidates = {n: (False, lambda w=w: w.ask("clip")["seconds"], 1) for n, w in ours.items()}
+    candidates |= {n: (True, lambda w=w: w.ask(do="encode", pixels=str(pixels))["seconds"], 1) for n, w in theirs.items()}
+    s.rounds(f"CLIP L/14-336, {row}", candidates, "ms")
     for w in [*ours.values(), *theirs.values()]:
         w.close()
 
@@ -367,8 +387,8 @@ def picture(s):
     ours = s.ours("q4", "--picture", "--text-tokens", str(n), model=llava)
     eye = s.openvino("int8-static", "--clip", folder=s.clip)
     text = s.openvino("int4-32", "--group", "32")
-    both = lambda: (eye.ask(do="encode", pixels=str(pixels))["seconds"] + text.ask(do="prefill", ids=ids)["seconds"]) * 1e3
-    candidates = {"m2lm q4": (False, lambda: ours.ask("picture")["seconds"] * 1e3), "OpenVINO int8 + int4": (True, both)}
+    both = lambda: eye.ask(do="encode", pixels=str(pixels))["seconds"] + text.ask(do="prefill", ids=ids)["seconds"]
+    candidates = {"m2lm q4": (False, lambda: ours.ask("picture")["seconds"], 1), "OpenVINO int8 + int4": (True, both, 1)}
     workers = [ours, eye, text]
     for encoder in ("q8_0", "bf16"):
         worker = Worker([s.peers / "llama/bin/python", HERE / "workers/llama_cpp.py", llava / "model-q4_0.gguf", "--threads", s.args.threads, "--flash", "on",
@@ -376,9 +396,9 @@ def picture(s):
         name, logits = f"llama.cpp mtmd {encoder} + Q4_0", s.scratch / "logits.npy"
         worker.ask(do="picture", picture=str(noise), ids=ids[:n], logits=str(logits))
         s.compare(name, "q4_0", np.load(logits), np.load(reference))
-        candidates[name] = (True, lambda w=worker: w.ask(do="picture", picture=str(noise), ids=ids[:n])["seconds"] * 1e3)
+        candidates[name] = (True, lambda w=worker: w.ask(do="picture", picture=str(noise), ids=ids[:n])["seconds"], 1)
         workers.append(worker)
-    s.rounds(f"picture + {n} tokens, 4-bit", candidates, "ms", smaller_is_better=True)
+    s.rounds(f"picture + {n} tokens, 4-bit", candidates, "ms")
     for w in workers:
         w.close()
 
@@ -391,21 +411,21 @@ def load(s):
         worker = s.ours(precision, "-p", "0", "-n", "0", model=model)
         worker.close()
         peaks[name] = worker.ready["peak_memory_bytes"]
-        return worker.ready["first_token_seconds"] * 1e3
+        return worker.ready["first_token_seconds"]
 
     def llama():
         worker = s.llama("q4_0", "--flash", "on")
         answer = worker.ask(do="prefill", ids=[1])
         worker.close()
         peaks["llama.cpp Q4_0"] = answer["peak_memory_bytes"]
-        return (worker.ready["load_seconds"] + answer["seconds"]) * 1e3
+        return worker.ready["load_seconds"] + answer["seconds"]
 
-    candidates = {"m2lm q4 of bf16": (False, lambda: own(s.model, "q4", "m2lm q4 of bf16")),
-                  "m2lm q4 of Q4_0": (False, lambda: own(s.model / "model-q4_0.gguf", "q4", "m2lm q4 of Q4_0")),
-                  "llama.cpp Q4_0": (True, llama)}
+    candidates = {"m2lm q4 of bf16": (False, lambda: own(s.model, "q4", "m2lm q4 of bf16"), 1),
+                  "m2lm q4 of Q4_0": (False, lambda: own(s.model / "model-q4_0.gguf", "q4", "m2lm q4 of Q4_0"), 1),
+                  "llama.cpp Q4_0": (True, llama, 1)}
     if s.args.packed:
-        candidates["m2lm q4 packed"] = (False, lambda: own(s.args.packed, "q4", "m2lm q4 packed"))
-    s.rounds("load to first token, 4-bit", candidates, "ms", smaller_is_better=True)
+        candidates["m2lm q4 packed"] = (False, lambda: own(s.args.packed, "q4", "m2lm q4 packed"), 1)
+    s.rounds("load to first token, 4-bit", candidates, "ms")
     print("    peak memory, MiB: " + ", ".join(f"{name} {b / 2**20:.0f}" for name, b in peaks.items()), flush=True)
 
 
@@ -414,59 +434,74 @@ def avx2(s):
     language(s, "4-bit, AVX2 on both sides", ["q4"], {"llama.cpp Q4_0 (AVX2)": ("q4_0", lambda: s.llama("q4_0", "--flash", "on", build="llama-avx2"), n)}, isa="avx2")
 
 
-def draw_model(args):
-    """A checkpoint of drawn dims, in every form that its rows need."""
-    draw = random.Random(args.seed)
-    head_dim, heads = draw.choice((64, 96, 128)), draw.randrange(6, 25)
-    while not 512 <= head_dim * heads <= 5120:
-        heads = draw.randrange(6, 25)
-    kv_heads = draw.choice([h for h in range(1, heads + 1) if heads % h == 0])
-    hidden, intermediate = head_dim * heads, 128 * draw.randrange(12, 80)
-    args.prompt, args.depth = draw.choice((77, 333, 1500)), draw.randrange(100, 3000)
-    name = f"random-{args.seed}"
-    folder = args.peers / "models" / name
-    print(f"\nhidden {hidden}, {heads}/{kv_heads} heads, intermediate {intermediate}, 4 layers, prompt {args.prompt}, context {args.depth}", flush=True)
-    run = lambda python, *command: subprocess.run([python, HERE / command[0], *map(str, command[1:])], check=True, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
-    if not folder.exists():
-        run(args.peers / "bin/python", "make_models.py", "--out", folder.parent, "--name", name, "--hidden", hidden, "--layers", 4, "--heads", heads, "--kv-heads",
-            kv_heads, "--intermediate", intermediate, "llama")
-        run(args.peers / "bin/python", "convert.py", "gguf", folder)
-        run(args.peers / "llama/bin/python", "convert.py", "quantize", folder)
-    args.model = folder
+def make_drawn(args, dims):
+    """The folder of a checkpoint of these dims in every form that `drawn` needs, made where it is not there."""
+    folder = args.peers / "models" / f"random-{args.seed}"
+    stamp = folder / "dims.json"
+    if stamp.exists() and json.loads(stamp.read_text()) == dims:
+        return folder
+    shutil.rmtree(folder, ignore_errors=True)  # of other dims, or half made
+
+    def run(python, *command):
+        done = subprocess.run([python, HERE / command[0], *map(str, command[1:])], stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True)
+        if done.returncode != 0:
+            sys.exit(f"{' '.join(map(str, command))} ended with {done.returncode}:\n{done.stdout}")
+
+    python = args.peers / "bin/python"
+    options = [f"--{name.replace('_', '-')}={n}" for name, n in dims.items()]
+    run(python, "make_models.py", "--out", folder.parent, "--name", folder.name, *options, "llama")
+    run(python, "convert.py", "gguf", folder)
+    run(args.peers / "llama/bin/python", "convert.py", "quantize", folder)
+    (folder / "model-bf16.gguf").unlink()
+    stamp.write_text(json.dumps(dims) + "\n")
+    return folder
 
 
-def drawn(s):
-    """The rows whose peer was the best at the true dims."""
-    n = s.args.tokens
-    language(s, "drawn, 4-bit", ["q4"], {"llama.cpp Q4_0": ("q4_0", lambda: s.llama("q4_0", "--flash", "on", "--context", s.prompt + n, "--batch", s.prompt), n)})
-    language(s, "drawn, 8-bit", ["w8a8"], {"torch int8": ("int8", lambda: s.pytorch("int8", "--context", s.prompt + n), 0),
-                                           "llama.cpp Q8_0": ("q8_0", lambda: s.llama("q8_0", "--flash", "on", "--context", s.prompt + n, "--batch", s.prompt), n)})
-    language(s, "drawn, bf16", ["bf16"], {"torch compiled": ("bf16", lambda: s.pytorch("bf16", "--context", s.prompt + 128), n // 4)})
-    context(s)
+def drawn(args):
+    """The rows whose peer was the best at the true dims, as functions by name."""
+    dims = draws.decoder(args.seed)
+    args.prompt, args.depth = dims.pop("prompt"), dims.pop("depth")
+    print("\n" + ", ".join(f"{name} {n}" for name, n in dims.items()) + f", prompt {args.prompt}, context {args.depth}", flush=True)
+    args.model = make_drawn(args, dims)
+    n = args.tokens
+
+    def llama(s, name):
+        return s.llama(name, "--flash", "on", "--context", s.prompt + n, "--batch", s.prompt)
+
+    return {
+        "4-bit": lambda s: language(s, "drawn, 4-bit", ["q4"], {"llama.cpp Q4_0": ("q4_0", lambda: llama(s, "q4_0"), n)}),
+        "8-bit": lambda s: language(s, "drawn, 8-bit", ["w8a8"], {"torch int8": ("int8", lambda: s.pytorch("int8", "--context", s.prompt + n), 0),
+                                                                  "llama.cpp Q8_0": ("q8_0", lambda: llama(s, "q8_0"), n)}),
+        "bf16": lambda s: language(s, "drawn, bf16", ["bf16"], {"torch compiled": ("bf16", lambda: s.pytorch("bf16", "--context", s.prompt + n), n // 4)}),
+        "context": context}
 
 
 def add_arguments(parser):
     parser.add_argument("--peers", type=pathlib.Path, required=True, help="where install.sh and make_models.py put the peers and the models")
     parser.add_argument("--bench", type=pathlib.Path, required=True, help="m2lm-bench")
-    parser.add_argument("--only", nargs="+", choices=ROWS, default=ROWS)
+    parser.add_argument("--only", nargs="+", choices=ROWS, default=ROWS, help="rows; with --random 4-bit, 8-bit, bf16 and context alone")
     parser.add_argument("--prompt", type=int, default=512)
     parser.add_argument("--tokens", type=int, default=128)
     parser.add_argument("--depth", type=int, default=4096)
+    parser.add_argument("--least", type=float, default=0.3, metavar="SECONDS", help="what a round takes the fastest program at least, by repeating")
     parser.add_argument("--model", type=pathlib.Path, help="another language model than DIR/models/llama-1.1b")
     parser.add_argument("--packed", type=pathlib.Path, help="load: also from this packed checkpoint")
 
 
 def run(args):
-    if args.random:
-        draw_model(args)
-        drawn(Setup(args))
-        return
     functions = {"4-bit": four_bit, "4-bit-128": four_bit_128, "8-bit": eight_bit, "bf16": bf16, "context": context, "batch": batch, "clip": clip,
                  "picture": picture, "load": load, "avx2": avx2, "no-amx": without_amx}
-    s = Setup(args)
+    if args.random:
+        functions = drawn(args)
+    s, failed = Setup(args), []
     for name in args.only:
+        if name not in functions:
+            continue
         try:
             functions[name](s)
         except RuntimeError as error:
             print(f"{name}: {error}", flush=True)
+            failed.append(name)
     print(json.dumps(s.machine))
+    if failed:
+        sys.exit("without a result: " + ", ".join(failed))

@@ -8,12 +8,12 @@ with f32 before it is timed. Where the machine has AMX, all is also run without 
 
 import json
 import os
-import random
 import subprocess
 import sys
 import tempfile
 import time
 
+import draws
 from machine import LEVELS, Probe, alternate, build, describe, load, medians, print_machine
 
 SHAPES = [(512, 2048, 5632), (577, 1024, 4096), (1500, 1280, 5120)]  # m, k, n
@@ -177,10 +177,7 @@ def measure(args):
     print(f"torch {torch.__version__}, ONEDNN_MAX_CPU_ISA={machine['onednn_cap'] or '(unset)'}, M2LM_MAX_ISA={os.environ.get('M2LM_MAX_ISA', '(unset)')}")
     table, shapes, encoders = Table(machine, args.json), SHAPES, ATTENTION
     if args.random:
-        draw = random.Random(args.seed)
-        side = lambda: 32 * draw.randrange(16, 161)
-        shapes = [(draw.choice((77, 333, 1500)), side(), side()) for _ in range(3)]
-        encoders = [(draw.randrange(100, 1600), draw.randrange(1, 33), draw.choice((32, 64, 80, 96, 128)), draw.randrange(2)) for _ in range(3)]
+        shapes, encoders = draws.products(args.seed), draws.encoders(args.seed)
     if "gemm" in args.only:
         gemm(lib, torch, args, isa, table, shapes)
     if "attention" in args.only:
