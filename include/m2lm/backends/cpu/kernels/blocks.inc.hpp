@@ -136,13 +136,14 @@ void multiply_rows(const QuantisedRows& quantised, std::int64_t row, std::int64_
 }
 
 // Rows that pass by a strip, which stays in L1: their blocks (512 KB) stay in L2 meanwhile.
+inline constexpr std::int64_t most_rows_at_once = 240;
 inline std::int64_t rows_at_once(std::int64_t k) {
   const std::int64_t fit = (std::int64_t{1} << 19) / (k > 0 ? k : 1) / block_rows * block_rows;
-  return fit < block_rows ? block_rows : fit > gemm_row_block ? gemm_row_block / block_rows * block_rows : fit;
+  return fit < block_rows ? block_rows : fit > most_rows_at_once ? most_rows_at_once / block_rows * block_rows : fit;
 }
 
 inline std::size_t block_gemm_scratch(std::int64_t m) {
-  const std::int64_t rows = m < gemm_row_block ? m : gemm_row_block;
+  const std::int64_t rows = m < most_rows_at_once ? m : most_rows_at_once;
   return static_cast<std::size_t>(rows * panel_width) * sizeof(float);
 }
 

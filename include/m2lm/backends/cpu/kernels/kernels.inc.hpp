@@ -224,10 +224,11 @@ inline void run_rows_widened(std::int64_t rows, const typename Tile::X* x, std::
 
 // ---- GEMM -----------------------------------------------------------------------------------------------------------------
 
-// Blocks for an L1 of 32 to 48 KB and an L2 of 1 MB or more: 32 KB of a panel stay in L1 while all rows of a block pass by; the
-// rows of x (240 KB) and the sums of a group of panels (360 KB) stay in L2. No block size changes a bit of the result.
-inline constexpr std::int64_t gemm_row_block = 240;
-inline constexpr std::int64_t gemm_panel_group = 12;
+// Blocks for an L1 of 32 to 48 KB and an L2 of 1 MB or more: 32 KB of a panel stay in L1 while all rows of a block pass by; the rows of x (516 KB)
+// stay in L2, and of the sums of a group of panels (1.5 MB) what fits: to read the weights and to copy x less often is worth more than the rest
+// of them. No block size changes a bit of the result.
+inline constexpr std::int64_t gemm_row_block = 516;
+inline constexpr std::int64_t gemm_panel_group = 24;
 
 template <class Tile>
 inline constexpr std::int64_t gemm_k_block = 32768 / (panel_width * static_cast<std::int64_t>(Tile::widens ? sizeof(float) : sizeof(typename Tile::W)));
@@ -235,7 +236,12 @@ inline constexpr std::int64_t gemm_k_block = 32768 / (panel_width * static_cast<
 template <class Tile>
 inline constexpr std::int64_t gemm_ldx = gemm_k_block<Tile> + 64 / static_cast<std::int64_t>(sizeof(typename Tile::X));
 
-// The rows of a block, evenly: 577 rows are three blocks of 204 or less, not two of 240 and one of 97.
+// Rows from which on a tile asks for its share of the next block of weights, and for the outputs that it finishes: with fewer there is so much to ask
+// for at once that the tile waits for it, and the processor sees the stream by itself.
+template <class Tile>
+inline constexpr std::int64_t gemm_ask_from = sizeof(typename Tile::W) == sizeof(float) ? 25 : 36;
+
+// The rows of a block, evenly: 577 rows are two blocks of 300 or less, not one of 516 and one of 61.
 inline std::int64_t gemm_rows_per_block(std::int64_t m) {
   const std::int64_t blocks = (m + gemm_row_block - 1) / gemm_row_block;
   return blocks == 0 ? 0 : round_up((m + blocks - 1) / blocks, tile_rows);
@@ -316,12 +322,35 @@ void gemm(const GemmJob& job, int part, int parts, std::byte* scratch) {
           Tile::convert(job.x + (row0 + r) * job.ldx + k0, given, x + r * ldx);
           for (std::int64_t i = given; i < k; ++i) x[r * ldx + i] = X{};
         }
+        const bool last_inputs = k0 + k >= job.k;
         for (std::int64_t panel = first; panel < last; ++panel) {
           const W* block = w + panel * job.k * panel_width + k0 * panel_width;
-          run_rows_widened<Tile>(rows, x, ldx, block, k, sums + (panel - first) * block_sums, panel_width, k0 > 0, wide);
+          // The same inputs of the next panel, or the next inputs of the first one.
+          const W* next = panel + 1 < last ? block + job.k * panel_width : w + first * job.k * panel_width + (k0 + k) * panel_width;
+          float* c = sums + (panel - first) * block_sums;
+          const auto pass = [&]<class Products>(const typename Products::W* weights) {
+            for (std::int64_t r = 0; r < rows; r += tile_rows) {
+              const std::int64_t here = rows - r < tile_rows ? rows - r : tile_rows;
+              if (rows >= gemm_ask_from<Tile>) {
+                const std::int64_t begin = k * r / rows * panel_width, end = k * (r + here) / rows * panel_width;
+                for (std::int64_t i = begin; i < end; i += 64 / static_cast<std::int64_t>(sizeof(W))) __builtin_prefetch(next + i, 0, 2);
+                for (std::int64_t i = row0 + r; last_inputs && i < row0 + r + here; ++i)
+                  for (std::int64_t column = 0; column < step; column += 16) __builtin_prefetch(job.y + i * job.ldy + panel * step + column, 1, 3);
+              }
+              run_rows<Products>(here, x + r * ldx, ldx, weights, k, c + r * panel_width, panel_width, k0 > 0);
+              if (last_inputs) finish_panel(job, c + r * panel_width, row0 + r, here, panel);
+            }
+          };
+          if constexpr (Tile::widens) {
+            if (rows >= widen_from) {
+              Tile::widen(block, k, wide);
+              pass.template operator()<F32Tile>(wide);
+              continue;
+            }
+          }
+          pass.template operator()<Tile>(block);
         }
       }
-      for (std::int64_t panel = first; panel < last; ++panel) finish_panel(job, sums + (panel - first) * block_sums, row0, rows, panel);
     }
   }
 }
