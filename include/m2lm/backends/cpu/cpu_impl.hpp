@@ -248,11 +248,26 @@ M2LM_IMPL void cpu_linear(const Cpu& cpu, Arena& arena, Matrix<const float> x, c
   const std::size_t scratch_bytes = kernels.gemm_scratch(m);
   std::byte* scratch = arena.take<std::byte>(static_cast<std::int64_t>(scratch_bytes) * parts);
   constexpr std::int64_t worth_a_barrier = 1 << 18;  // products: some microseconds of one thread
-  if (m * w.rows * w.cols < worth_a_barrier) {
+  if (parts == 1 || m * w.rows * w.cols < worth_a_barrier) {
     kernels.gemm(job, 0, 1, scratch);
     return;
   }
-  cpu.pool().run([&](int part) { kernels.gemm(job, part, parts, scratch + static_cast<std::size_t>(part) * scratch_bytes); });
+  // With few rows threads wait for memory, one longer than the other, and a product is over when the last is done: each takes pieces of its own
+  // panels, one after the other as they lie, and then what is left of its neighbours'. Kernels that read x itself convert it for every piece.
+  const std::int64_t few_rows = kernels.quantise ? 16 : 4;
+  constexpr std::int64_t pieces_of_thread = 8;
+  const std::int64_t pieces = m <= few_rows ? pieces_of_thread : 1;
+  auto* taken = arena.take<std::int32_t>(parts * next_stride);
+  std::memset(taken, 0, static_cast<std::size_t>(parts * next_stride) * sizeof(std::int32_t));
+  cpu.pool().run([&](int part) {
+    std::byte* own_scratch = scratch + static_cast<std::size_t>(part) * scratch_bytes;
+    for (int i = 0; i < parts; ++i) {
+      const int owner = (part + i) % parts;
+      const auto take = [&] { return __atomic_fetch_add(taken + owner * next_stride, 1, __ATOMIC_RELAXED); };
+      for (std::int64_t piece = take(); piece < pieces; piece = take())
+        kernels.gemm(job, static_cast<int>(owner * pieces + piece), static_cast<int>(parts * pieces), own_scratch);
+    }
+  });
 }
 
 M2LM_IMPL KeyValuesPlan cpu_plan_key_values(DType format, std::int64_t kv_heads, std::int64_t head_dim, std::int64_t capacity) {
