@@ -73,7 +73,10 @@ M2LM_IMPL void Sampler::process(Matrix<float> logits, std::span<const std::span<
 
 M2LM_IMPL std::int32_t Sampler::sample(std::span<float> logits, std::span<const std::int32_t> history, Rng& rng) {
   require_vocab(static_cast<std::int64_t>(logits.size()));
-  process_row(logits, history, 0);
+  if (!greedy())
+    process_row(logits, history, 0);
+  else if (options_.repetition_penalty != 1)
+    penalise(logits, history);  // all that a greedy sampler processes; choose() looks at every logit
   return choose(logits, rng);
 }
 

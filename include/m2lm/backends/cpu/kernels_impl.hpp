@@ -84,8 +84,13 @@ inline Ints dot_four(Ints sum, Ints w, const std::int8_t* x) {
   asm("vpdpbusd %2%{1to16%}, %1, %0" : "+v"(sum) : "v"(w), "m"(*reinterpret_cast<const Four*>(x)));
   return sum;
 }
+inline Ints dot_four(Ints sum, Ints w, Ints x) {  // not the intrinsic: with many sums g++ 12 moves what it makes of it, and spills
+  asm("vpdpbusd %2, %1, %0" : "+v"(sum) : "v"(w), "v"(x));
+  return sum;
+}
 #include <m2lm/backends/cpu/kernels/dot_vnni.inc.hpp>
 #include <m2lm/backends/cpu/kernels/blocks.inc.hpp>
+#include <m2lm/backends/cpu/kernels/w8a8_vnni.inc.hpp>
 }  // namespace m2lm::detail::cpu_avx512::vnni
 M2LM_REGION_END
 
@@ -200,7 +205,7 @@ M2LM_IMPL const KernelTable& kernel_table(IsaLevel level, [[maybe_unused]] bool 
           plain.bf16.attention = cpu_avx512_bf16::attention_kernels<cpu_avx512_bf16::amx::AmxProducts>();
         }
         if (of == IsaLevel::amx && int8) return cpu_avx512_bf16::amx::with_tiles(plain);
-        return int8 ? cpu_avx512::vnni::with_blocks(plain, true) : cpu_avx512::shorts::with_blocks(plain, false);
+        return int8 ? cpu_avx512::vnni::with_bytes(plain) : cpu_avx512::shorts::with_blocks(plain, false);
       };
       const auto all = [&table](IsaLevel of) {
         return std::array{table(of, false, false), table(of, false, true), table(of, true, false), table(of, true, true)};
@@ -211,7 +216,7 @@ M2LM_IMPL const KernelTable& kernel_table(IsaLevel level, [[maybe_unused]] bool 
     case IsaLevel::avx512: {
       static const KernelTable shorts = cpu_avx512::shorts::with_blocks(cpu_avx512::make_table(level, false), false);
       if (!int8_dot || !has_int8_dot(level)) return shorts;
-      static const KernelTable vnni = cpu_avx512::vnni::with_blocks(shorts, true);
+      static const KernelTable vnni = cpu_avx512::vnni::with_bytes(shorts);
       return vnni;
     }
     case IsaLevel::avx2: {
