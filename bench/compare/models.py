@@ -4,7 +4,8 @@ Each program is a process of its own that waits for a line before every round, s
 is timed. DIR is what install.sh and make_models.py made: DIR/{bin,llama,llama-avx2,ik}, DIR/models. What each computes for the same prompt is
 compared with f32 before anything is timed. The bandwidth probe is taken before each round.
 
-A round repeats what it times, the same number of times for all, until it takes the fastest program --least seconds: shorter rounds are noise.
+A round repeats what it times, the same number of times for all, until it takes the fastest program --least seconds: shorter rounds are noise. Before
+each run memory is read, as m2lm-bench does by its probe, so that no program finds its weights in a cache of the processor.
 
 --random draws the dims of a model (hidden a multiple of 32 from 512 to 5120, any heads that divide it), a prompt of 77, 333 or 1500 and a context of 100
 to 3000 from --seed, makes it in DIR/models/random-SEED where it does not lie there yet (up to 3 GB, for the time of making 6), and takes the rows 4-bit,
@@ -77,6 +78,7 @@ class Setup:
         self.machine = None
         self.prompt = args.prompt
         self.references = {}
+        self.memory = np.ones(1 << 25)  # 256 MiB, more than the caches hold
 
     # ---- programs -----------------------------------------------------------------------------------------------------------
 
@@ -179,7 +181,11 @@ class Setup:
         seconds = {}
         for name, (_, run, _) in candidates.items():
             time.sleep(0.3)
-            seconds[name] = statistics.mean(run() for _ in range(repeats))
+            runs = []
+            for _ in range(repeats):
+                self.memory.sum()
+                runs.append(run())
+            seconds[name] = statistics.mean(runs)
         return seconds
 
     def prefill_and_decode(self, row, ours, peers):
