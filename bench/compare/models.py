@@ -390,12 +390,13 @@ def picture(s):
     np.save(noise, np.random.default_rng(1).integers(0, 256, (336, 336, 3), dtype=np.uint8))
     reference = s.scratch / "picture.npy"
     subprocess.run([s.python, HERE / "workers/transformers_llava.py", llava, noise, ",".join(map(str, ids[:n])), reference], check=True)
-    ours = s.ours("q4", "--picture", "--text-tokens", str(n), model=llava)
+    ours = {"m2lm bf16 + q4": s.ours("q4", "--picture", "--text-tokens", str(n), model=llava),
+            "m2lm w8a8 + q4": s.ours("q4", "--encoders", "w8a8", "--picture", "--text-tokens", str(n), model=llava)}
     eye = s.openvino("int8-static", "--clip", folder=s.clip)
     text = s.openvino("int4-32", "--group", "32")
     both = lambda: eye.ask(do="encode", pixels=str(pixels))["seconds"] + text.ask(do="prefill", ids=ids)["seconds"]
-    candidates = {"m2lm q4": (False, lambda: ours.ask("picture")["seconds"], 1), "OpenVINO int8 + int4": (True, both, 1)}
-    workers = [ours, eye, text]
+    candidates = {name: (False, lambda w=worker: w.ask("picture")["seconds"], 1) for name, worker in ours.items()} | {"OpenVINO int8 + int4": (True, both, 1)}
+    workers = [*ours.values(), eye, text]
     for encoder in ("q8_0", "bf16"):
         worker = Worker([s.peers / "llama/bin/python", HERE / "workers/llama_cpp.py", llava / "model-q4_0.gguf", "--threads", s.args.threads, "--flash", "on",
                          "--batch", "1024", "--mmproj", llava / f"mmproj-{encoder}.gguf"])
