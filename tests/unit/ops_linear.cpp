@@ -329,6 +329,28 @@ TEST_CASE("linear: the levels that compute alike agree bit by bit") {
   }
 }
 
+TEST_CASE("linear: outputs that are written past the caches have the bits of each row alone, and nothing beside them changes") {
+  const Problem p{.m = 2100, .n = 1032, .k = 64, .bias = true, .first_rows = 1032};  // 8 MiB and more, and a panel that is not full
+  for (const DType format : {DType::bf16, DType::w8a8}) {
+    Random random(2200);
+    const Data data(p, format, random);
+    for (const int threads : {1, 2}) {
+      Runner<Cpu> cpu(Cpu({.threads = threads}));
+      const PackedMatrix w = ops::pack(cpu.ctx, std::span<const AnyTensor>(data.sources), format);
+      constexpr std::int64_t beside = 24;  // rows of y begin on a cache line
+      Tensor<float> wide(Shape{p.m, p.n + beside}), alone(Shape{1, p.n});
+      std::fill_n(wide.data(), p.m * (p.n + beside), 7.0F);
+      const Epilogue<float> epilogue{.bias = data.bias.data(), .activation = p.activation, .residual = {}};
+      ops::linear(cpu.ctx, matrix(data.x), w, epilogue, wide.view<2>().columns(0, p.n));
+      for (std::int64_t i = 0; i < p.m; i += 71) {
+        ops::linear(cpu.ctx, matrix(data.x).rows(i, i + 1), w, epilogue, alone.view<2>());
+        CHECK_MESSAGE(same_bits(matrix(wide).columns(0, p.n).rows(i, i + 1), matrix(alone)), dtype_name(format), " ", threads, " threads, row ", i);
+        for (std::int64_t j = p.n; j < p.n + beside; ++j) CHECK(matrix(wide)(i, j) == 7.0F);
+      }
+    }
+  }
+}
+
 TEST_CASE("linear: weights in blocks see each input to half a step of its block, and no worse") {
   Random random(305);
   const Problem p{.m = 5, .n = 40, .k = 300, .first_rows = 40};

@@ -19,6 +19,15 @@ inline constexpr std::int64_t chunk_rows = 256, chunk_steps = 32, chunk_panels =
 // for by itself, and nearer: into L2, and a step ahead into L1.
 inline constexpr std::int64_t stream_tiles = 2, stream_distance = 16384, strip_distance = 3072;
 
+// Outputs of a thread, in bytes, that L2 does not keep until they are read: they are written past the caches, which would read every line first
+// (1.2 to 1.3 times as fast on the whole product).
+inline constexpr std::int64_t most_kept_outputs = std::int64_t{1} << 22;
+inline bool writes_past_caches(const GemmJob& job, int parts) {
+  const std::int64_t outputs = job.gated ? job.n / 2 : job.n;
+  const bool on_lines = reinterpret_cast<std::uintptr_t>(job.y) % 64 == 0 && job.ldy % (64 / static_cast<std::int64_t>(sizeof(float))) == 0;
+  return on_lines && job.m * outputs * static_cast<std::int64_t>(sizeof(float)) > most_kept_outputs * parts;
+}
+
 /// Rows at once, and steps of a chunk of them.
 struct GemmWalk {
   std::int64_t rows = 0, steps = 0;
@@ -71,7 +80,7 @@ struct W8a8Products {
     Vec weight_scale[2];
     for (int v = 0; v < 2; ++v) weight_scale[v] = load(reinterpret_cast<const float*>(panel + v * second_strip(job.k) + layout.values_bytes(job.k)));
     for (std::int64_t r = 0; r < rows; ++r) {
-      const std::int64_t block = job.rows.first_block(row0 + r);
+      const std::int64_t block = row0 + r;  // a row is one
       const __m512i start = _mm512_set1_epi32(job.rows.starts[block]);
       for (int v = 0; v < 2; ++v) {
         float* at = c + r * panel_width + v * width;
@@ -154,6 +163,7 @@ void tile_gemm(const GemmJob& job, int part, int parts, std::byte* scratch) {
   const Range my_panels = split(panels, parts / row_parts, part / row_parts);
   const std::int64_t steps = job.rows.chunks, full_steps = Products::full_steps(job.k);
   const std::int64_t panel_bytes = Products::panel_bytes(job.k), second = Products::second_strip(job.k), panel_step = Products::panel_step;
+  const bool past_caches = writes_past_caches(job, parts);
   const GemmWalk walk = gemm_walk(my_rows.end - my_rows.begin, steps);
   const bool chunked = walk.steps < steps;
   const std::int64_t group = chunked ? chunk_panels : 1, sums_of_panel = walk.rows * panel_width;
@@ -200,11 +210,12 @@ void tile_gemm(const GemmJob& job, int part, int parts, std::byte* scratch) {
           }
           if (chunk_end < steps) continue;
           Products::finish(job, job.w + panel * panel_bytes, c, row0, rows);
-          finish_panel(job, c, row0, rows, panel);
+          finish_panel(job, c, row0, rows, panel, past_caches);
         }
       }
     }
   }
+  if (past_caches) _mm_sfence();
 }
 
 // A row of x in bf16, in its place among the tiles.

@@ -256,7 +256,8 @@ std::size_t gemm_scratch(std::int64_t m) {
   return static_cast<std::size_t>(sums + round_up(x, 64) + wide);
 }
 
-inline void finish_panel(const GemmJob& job, const float* sums, std::int64_t row0, std::int64_t rows, std::int64_t panel) {
+// `past_caches`: y is too large to stay in them. requires then: y and its rows on cache lines, and a fence behind the last panel.
+inline void finish_panel(const GemmJob& job, const float* sums, std::int64_t row0, std::int64_t rows, std::int64_t panel, bool past_caches = false) {
   const std::int64_t outputs = job.gated ? job.n / 2 : job.n;
   const std::int64_t step = job.gated ? panel_width / 2 : panel_width;
   const std::int64_t column = panel * step;
@@ -283,7 +284,10 @@ inline void finish_panel(const GemmJob& job, const float* sums, std::int64_t row
       Vec value = activate(job.activation, load(c + v * width) + load(bias + v * width));
       if (job.gated) value = value * (load(c + panel_width / 2 + v * width) + load(second_bias + v * width));
       if (residual) value = value + load(residual + v * width);
-      store(y + v * width, value);
+      if (past_caches && valid == step)
+        store_past_caches(y + v * width, value);
+      else
+        store(y + v * width, value);
     }
     if (valid < step) __builtin_memcpy(out, edge, static_cast<std::size_t>(valid) * sizeof(float));
   }

@@ -9,6 +9,8 @@ inline constexpr __mmask16 all_lanes = 0xffff;
 
 inline Vec load(const float* p) { return _mm512_loadu_ps(p); }
 inline void store(float* p, Vec v) { _mm512_storeu_ps(p, v); }
+// Past the caches, which need not read the line then. requires p on a multiple of a vector.
+inline void store_past_caches(float* p, Vec v) { _mm512_stream_ps(p, v); }
 inline Vec set(float x) { return _mm512_set1_ps(x); }
 inline Vec fma(Vec a, Vec b, Vec c) { return _mm512_fmadd_ps(a, b, c); }
 inline Vec max(Vec a, Vec b) { return _mm512_maskz_max_ps(all_lanes, a, b); }
