@@ -54,6 +54,7 @@ struct Bf16Products {
   static constexpr std::int64_t row_stride = panel_width * 4, panel_step = step_bytes;
   static constexpr std::int64_t second_strip(std::int64_t) { return tile_row_bytes; }
   static constexpr bool strips_apart = false;
+  static constexpr std::int64_t most_block_steps = block_steps;
   static constexpr std::int64_t panel_bytes(std::int64_t k) { return k * panel_width * 2; }
   static constexpr std::int64_t full_steps(std::int64_t k) { return k / step_inputs; }
   template <int sum, int x, int w>
@@ -69,6 +70,8 @@ struct W8a8Products {
   static constexpr std::int64_t row_stride = tile_row_bytes, panel_step = step_bytes / 2;
   static constexpr std::int64_t second_strip(std::int64_t k) { return layout.strip_bytes(k); }
   static constexpr bool strips_apart = true;
+  // So many steps are one block still: a short one behind a full one would cost all sums a store and a load.
+  static constexpr std::int64_t most_block_steps = 24;
   static constexpr std::int64_t panel_bytes(std::int64_t k) { return 2 * layout.strip_bytes(k); }
   static constexpr std::int64_t full_steps(std::int64_t k) { return k / layout.chunk; }
   template <int sum, int x, int w>
@@ -164,6 +167,10 @@ void tile_gemm(const GemmJob& job, int part, int parts, std::byte* scratch) {
   const std::int64_t steps = job.rows.chunks, full_steps = Products::full_steps(job.k);
   const std::int64_t panel_bytes = Products::panel_bytes(job.k), second = Products::second_strip(job.k), panel_step = Products::panel_step;
   const bool past_caches = writes_past_caches(job, parts);
+  const auto finish = [&](std::int64_t panel, float* c, std::int64_t first_row, std::int64_t count) {
+    Products::finish(job, job.w + panel * panel_bytes, c, first_row, count);
+    finish_panel(job, c, first_row, count, panel, past_caches);
+  };
   const GemmWalk walk = gemm_walk(my_rows.end - my_rows.begin, steps);
   const bool chunked = walk.steps < steps;
   const std::int64_t group = chunked ? chunk_panels : 1, sums_of_panel = walk.rows * panel_width;
@@ -181,7 +188,7 @@ void tile_gemm(const GemmJob& job, int part, int parts, std::byte* scratch) {
     const std::int64_t rows = my_rows.end - row0 < walk.rows ? my_rows.end - row0 : walk.rows;
     const std::int64_t tiles = (rows + tile_height - 1) / tile_height, pairs = (tiles + 1) / 2;
     const std::byte* x = reinterpret_cast<const std::byte*>(job.rows.values) + row0 / tile_height * tile_distance;
-    const std::int64_t at_once = tiles <= stream_tiles ? walk.steps : block_steps;
+    const std::int64_t at_once = tiles <= stream_tiles || walk.steps <= Products::most_block_steps ? walk.steps : block_steps;
     for (std::int64_t first = my_panels.begin; first < my_panels.end; first += group) {
       const std::int64_t last = my_panels.end - first < group ? my_panels.end : first + group;
       for (std::int64_t chunk = 0; chunk < steps || chunk == 0; chunk += walk.steps) {
@@ -206,11 +213,13 @@ void tile_gemm(const GemmJob& job, int part, int parts, std::byte* scratch) {
                 multiply_tiles<Products, 2>(rows_of_x, x_step, tile_distance, w, second, whole, partial ? tail : nullptr, to, s > 0, ahead);
               else
                 multiply_tiles<Products, 1>(rows_of_x, x_step, tile_distance, w, second, whole, partial ? tail : nullptr, to, s > 0, ahead);
+              // What is written past the caches leaves while the next tiles are multiplied.
+              const std::int64_t row = t * tile_height, most = 2 * tile_height;
+              if (past_caches && end >= steps) finish(panel, to, row0 + row, rows - row < most ? rows - row : most);
             }
           }
           if (chunk_end < steps) continue;
-          Products::finish(job, job.w + panel * panel_bytes, c, row0, rows);
-          finish_panel(job, c, row0, rows, panel, past_caches);
+          if (!past_caches) finish(panel, c, row0, rows);
         }
       }
     }
