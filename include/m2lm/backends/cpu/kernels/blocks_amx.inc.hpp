@@ -148,6 +148,7 @@ void block_gemm(const GemmJob& job, int part, int parts, std::byte* scratch) {
   for (int tile = 6; tile < 8; ++tile) shapes.set(tile, layout.chunk / 4, tile_row_bytes);  // weights
   const TileUnit unit(shapes);
 
+  const bool past_caches = writes_past_caches(job, parts);
   constexpr std::int64_t blocks_at_once = unpacked_inputs / layout.scale_inputs;
   const std::int64_t at_once = block_rows_at_once(job.k);
   for (std::int64_t row0 = my_rows.begin; row0 < my_rows.end; row0 += at_once) {
@@ -166,19 +167,20 @@ void block_gemm(const GemmJob& job, int part, int parts, std::byte* scratch) {
         for (std::int64_t r = 0; r < in_tiles; r += tile_height) {
           const std::int64_t here = in_tiles - r < tile_height ? in_tiles - r : tile_height;
           for (int half = 0; half < 2; ++half) {
-            if (last && (half == 0 || !job.gated))  // what is written soon
+            if (last && !past_caches && (half == 0 || !job.gated))  // what is written soon
               for (std::int64_t i = r; i < r + here; ++i) __builtin_prefetch(job.y + (row0 + i) * job.ldy + panel * step + half * strip_width, 1, 2);
             multiply_blocks<format>(job.rows, row0 + r, unpacked[half], first, count, sums + r * panel_width + half * strip_width, products);
             if (last && !finite[half]) with_vectors(r, here, half);
           }
-          if (last) finish_panel(job, sums + r * panel_width, row0 + r, here, panel);
+          if (last) finish_panel(job, sums + r * panel_width, row0 + r, here, panel, past_caches);
         }
       }
       if (alone == 0) continue;
       for (int half = 0; half < 2; ++half) with_vectors(in_tiles, alone, half);
-      finish_panel(job, sums + in_tiles * panel_width, row0 + in_tiles, alone, panel);
+      finish_panel(job, sums + in_tiles * panel_width, row0 + in_tiles, alone, panel, past_caches);
     }
   }
+  if (past_caches) _mm_sfence();
 }
 
 template <DType format>
