@@ -330,7 +330,7 @@ TEST_CASE("linear: the levels that compute alike agree bit by bit") {
 }
 
 TEST_CASE("linear: outputs that are written past the caches have the bits of each row alone, and nothing beside them changes") {
-  const Problem p{.m = 2100, .n = 1032, .k = 128, .bias = true, .first_rows = 1032};  // 8 MiB and more, and a panel that is not full
+  const Problem p{.m = 4200, .n = 1032, .k = 128, .bias = true, .first_rows = 1032};  // 16 MiB and more, and a panel that is not full
   for (const DType format : {DType::bf16, DType::w8a8, DType::q4, DType::q4_128}) {
     Random random(2200);
     const Data data(p, format, random);
