@@ -205,7 +205,7 @@ M2LM_IMPL const KernelTable& kernel_table(IsaLevel level, [[maybe_unused]] bool 
           plain.bf16.attention = cpu_avx512_bf16::attention_kernels<cpu_avx512_bf16::amx::AmxProducts>();
         }
         if (of == IsaLevel::amx && int8) return cpu_avx512_bf16::amx::with_tiles(plain);
-        return int8 ? cpu_avx512::vnni::with_bytes(plain) : cpu_avx512::shorts::with_blocks(plain, false);
+        return int8 ? cpu_avx512::vnni::with_byte_tiles(plain) : cpu_avx512::shorts::with_blocks(plain, false);
       };
       const auto all = [&table](IsaLevel of) {
         return std::array{table(of, false, false), table(of, false, true), table(of, true, false), table(of, true, true)};
@@ -216,7 +216,7 @@ M2LM_IMPL const KernelTable& kernel_table(IsaLevel level, [[maybe_unused]] bool 
     case IsaLevel::avx512: {
       static const KernelTable shorts = cpu_avx512::shorts::with_blocks(cpu_avx512::make_table(level, false), false);
       if (!int8_dot || !has_int8_dot(level)) return shorts;
-      static const KernelTable vnni = cpu_avx512::vnni::with_bytes(shorts);
+      static const KernelTable vnni = cpu_avx512::vnni::with_byte_tiles(shorts);
       return vnni;
     }
     case IsaLevel::avx2: {

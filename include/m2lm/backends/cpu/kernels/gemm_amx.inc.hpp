@@ -78,19 +78,8 @@ struct W8a8Products {
   [[gnu::always_inline]] static void add() {
     tile_dot_bytes<sum, x, w>();
   }
-  // Sums of integers become those of floats, in place.
   static void finish(const GemmJob& job, const std::byte* panel, float* c, std::int64_t row0, std::int64_t rows) {
-    Vec weight_scale[2];
-    for (int v = 0; v < 2; ++v) weight_scale[v] = load(reinterpret_cast<const float*>(panel + v * second_strip(job.k) + layout.values_bytes(job.k)));
-    for (std::int64_t r = 0; r < rows; ++r) {
-      const std::int64_t block = row0 + r;  // a row is one
-      const __m512i start = _mm512_set1_epi32(job.rows.starts[block]);
-      for (int v = 0; v < 2; ++v) {
-        float* at = c + r * panel_width + v * width;
-        const Vec products = _mm512_maskz_cvtepi32_ps(all_lanes, _mm512_add_epi32(_mm512_loadu_si512(at), start));
-        store(at, fma(products * weight_scale[v], set(job.rows.scales[block]), set(0.0F)));
-      }
-    }
+    cpu_avx512::vnni::scale_bytes(job.rows, row0, rows, panel + layout.values_bytes(job.k), second_strip(job.k), c);
   }
 };
 

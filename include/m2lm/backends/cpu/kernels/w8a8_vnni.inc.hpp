@@ -12,9 +12,6 @@ inline constexpr int byte_strips = 4;         // of a tile: two panels
 template <int strips>
 [[gnu::noinline]] void multiply_bytes(const std::int8_t* x, const std::byte* w, std::int64_t strip_bytes, std::int64_t chunks, std::int32_t* c) {
   constexpr std::int64_t chunk = quantised_format(DType::w8a8).chunk;
-  struct [[gnu::may_alias, gnu::packed]] Four {
-    std::int32_t bytes;
-  };
   Ints sum[byte_rows][strips];
   M2LM_UNROLL
   for (int r = 0; r < byte_rows; ++r)
@@ -30,7 +27,9 @@ template <int strips>
         for (int v = 0; v < strips; ++v) weights[v] = load_ints(w + v * strip_bytes + j * width * 4);
         M2LM_UNROLL
         for (int r = 0; r < byte_rows; ++r) {
-          const Ints four = set_ints(reinterpret_cast<const Four*>(inputs + r * chunk + j * 4)->bytes);
+          std::int32_t bytes = 0;
+          __builtin_memcpy(&bytes, inputs + r * chunk + j * 4, sizeof(bytes));
+          const Ints four = set_ints(bytes);
           M2LM_UNROLL
           for (int v = 0; v < strips; ++v) sum[r][v] = dot_four(sum[r][v], weights[v], four);
         }
@@ -43,15 +42,17 @@ template <int strips>
     for (int v = 0; v < strips; ++v) _mm512_storeu_si512(c + v / 2 * byte_rows * panel_width + r * panel_width + v % 2 * width, sum[r][v]);
 }
 
-// Sums of integers of `rows` rows become those of floats, in place. scales: of the weights of a strip, and of the next one.
-inline void scale_bytes(const QuantisedRows& quantised, std::int64_t row, std::int64_t rows, const std::byte* scales, std::int64_t strip_bytes, float* c) {
-  const std::int64_t block = quantised.first_block(row);
-  for (int v = 0; v < 2; ++v, scales += strip_bytes) {
-    const Vec weight_scale = load(reinterpret_cast<const float*>(scales));
-    for (std::int64_t r = 0; r < rows; ++r) {
+// Sums of integers, c[rows][32] of a panel, become those of floats, in place. scales: of the weights of a strip, and of the next one.
+inline void scale_bytes(const QuantisedRows& quantised, std::int64_t row0, std::int64_t rows, const std::byte* scales, std::int64_t strip_bytes, float* c) {
+  Vec weight_scale[2];
+  for (int v = 0; v < 2; ++v) weight_scale[v] = load(reinterpret_cast<const float*>(scales + v * strip_bytes));
+  for (std::int64_t r = 0; r < rows; ++r) {
+    const std::int64_t block = row0 + r;  // a row is one
+    const Ints start = set_ints(quantised.starts[block]);
+    for (int v = 0; v < 2; ++v) {
       float* at = c + r * panel_width + v * width;
-      const Vec products = to_vec(add_ints(_mm512_loadu_si512(at), set_ints(quantised.starts[block + r])));
-      store(at, fma(products * weight_scale, set(quantised.scales[block + r]), set(0.0F)));
+      const Vec products = to_vec(add_ints(_mm512_loadu_si512(at), start));
+      store(at, fma(products * weight_scale[v], set(quantised.scales[block]), set(0.0F)));
     }
   }
 }
@@ -94,7 +95,7 @@ inline void byte_gemm(const GemmJob& job, int part, int parts, std::byte* scratc
   }
 }
 
-inline KernelTable with_bytes(KernelTable table) {
+inline KernelTable with_byte_tiles(KernelTable table) {
   table = with_blocks(table, true);
   table.w8a8.row_group = byte_rows;
   table.w8a8.gemm = &byte_gemm;
