@@ -1,4 +1,5 @@
-// A decode step takes no lock and makes no system call but those by which threads wait for each other: with one thread none at all.
+// A decode step takes no lock and makes no system call but those by which threads wait for each other, and one woken on the caller's core leaves it:
+// with one thread none at all.
 // labels: no-sanitizer
 #include "models_support.hpp"
 
@@ -60,11 +61,13 @@ void allow_only_waiting(bool waiting) {
   const auto allow_if = [](std::uint32_t number, unsigned char instructions_to_allow) {
     return sock_filter BPF_JUMP(BPF_JMP | BPF_JEQ | BPF_K, number, instructions_to_allow, 0);
   };
-  // With one thread the two calls of waiting are numbers that no call has.
+  // With one thread the calls of waiting and of leaving a core are numbers that no call has.
   const std::uint32_t none = 0xFFFFFFFFU;
   sock_filter code[] = {load(offsetof(seccomp_data, nr)),
-                        allow_if(waiting ? SYS_futex : none, 3),
-                        allow_if(waiting ? SYS_sched_yield : none, 2),
+                        allow_if(waiting ? SYS_futex : none, 5),
+                        allow_if(waiting ? SYS_sched_yield : none, 4),
+                        allow_if(waiting ? SYS_sched_getaffinity : none, 3),
+                        allow_if(waiting ? SYS_sched_setaffinity : none, 2),
                         allow_if(SYS_exit_group, 1),
                         BPF_STMT(BPF_RET | BPF_K, SECCOMP_RET_TRAP),
                         BPF_STMT(BPF_RET | BPF_K, SECCOMP_RET_ALLOW)};

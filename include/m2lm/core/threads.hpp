@@ -16,7 +16,8 @@ namespace m2lm::inline M2LM_ABI {
 
 /// A fixed number of parts; the caller runs the first, other threads the rest. There are no more threads than cores, and with more parts
 /// than those each thread runs several: threads that wait for a core of each other's would make every call wait for the scheduler.
-/// Between calls the threads spin for a moment, then park.
+/// Between calls the threads spin for a moment, giving their core to whoever waits for it now and then, and then park. A thread that the
+/// system wakes on the caller's core moves to another of its affinity mask; none is bound to a core.
 /// `run` may be called from several threads: a caller that finds the pool busy runs all parts itself, in order. No result may
 /// depend on which thread runs a part, so both ways give the same bits.
 class ThreadPool {
@@ -27,6 +28,7 @@ class ThreadPool {
   std::atomic<std::uint32_t> epoch_{0};
   std::atomic<int> pending_{0};
   std::atomic<bool> stop_{false};
+  int caller_core_ = -1;  // where `run` was called
 
  public:
   /// requires threads >= 0; 0 means one part per available core (affinity mask and container quota respected).

@@ -64,13 +64,40 @@ namespace detail {
 template <class T>
 void wait_for_change(const std::atomic<T>& value, T old) {
   constexpr int spins = 20000;  // 0.2 to 0.8 milliseconds: longer than what one thread does alone in a decode step, and than a neighbour is late
-  for (int i = 0; i < spins; ++i) {
+  // 10 to 40 microseconds: longer than most waits of a decode step. Whoever is to end the wait may itself be waiting for this core.
+  constexpr int spins_between_yields = 1000;
+  for (int i = 1; i <= spins; ++i) {
     if (value.load(std::memory_order_acquire) != old) return;
 #if M2LM_X86_64
     __builtin_ia32_pause();
 #endif
+    if (i % spins_between_yields == 0) std::this_thread::yield();
   }
   while (value.load(std::memory_order_acquire) == old) value.wait(old, std::memory_order_acquire);
+}
+
+/// Number of the core that this thread runs on, -1 where it is not known. No system call where the kernel shares it with the process.
+inline int current_core() {
+#if defined(__linux__)
+  return sched_getcpu();
+#else
+  return -1;
+#endif
+}
+
+/// Moves this thread to another core of its affinity mask, if there is one; the mask is as before afterwards, and also if the system later widens
+/// what the process may use. Linux wakes a thread where it is woken
+/// from if it takes no other core for idle, as in virtual machines whose idle cores the host runs something else on, and then lets both
+/// threads share that core for tens of milliseconds.
+inline void leave_core([[maybe_unused]] int core) {
+#if defined(__linux__)
+  cpu_set_t mask;
+  if (core < 0 || core >= CPU_SETSIZE || sched_getaffinity(0, sizeof(mask), &mask) != 0) return;
+  cpu_set_t others = mask;
+  CPU_CLR(static_cast<std::size_t>(core), &others);
+  // Fails, and leaves the thread where it is, if no core is left.
+  if (sched_setaffinity(0, sizeof(others), &others) == 0) static_cast<void>(sched_setaffinity(0, sizeof(mask), &mask));
+#endif
 }
 
 }  // namespace detail
@@ -86,6 +113,7 @@ M2LM_IMPL void ThreadPool::worker(int index) {
     detail::wait_for_change(epoch_, seen);
     seen = epoch_.load(std::memory_order_acquire);
     if (stop_.load()) return;
+    if (detail::current_core() == caller_core_) detail::leave_core(caller_core_);
     run_parts_of(index, *work_);
     if (pending_.fetch_sub(1, std::memory_order_acq_rel) == 1) pending_.notify_one();
   }
@@ -98,6 +126,7 @@ M2LM_IMPL void ThreadPool::run(FunctionRef<void(int)> work) {
     return;
   }
   work_ = &work;
+  caller_core_ = detail::current_core();
   pending_.store(runners_ - 1, std::memory_order_relaxed);
   epoch_.fetch_add(1, std::memory_order_release);
   epoch_.notify_all();
