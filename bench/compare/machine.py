@@ -70,15 +70,22 @@ def print_machine(m):
     print("peaks, 10^9 operations per second: " + ", ".join(f"{k} {v}" for k, v in m["peaks"].items()) + "\n", flush=True)
 
 
-def alternate(candidates, rounds, warm=1, pause=0.05, runs=7):
-    """Seconds of each round by name of functions that return seconds: the median of `runs` behind two that wake the threads and fill the caches.
-    Rounds alternate, with a pause before each, so that nothing is timed while another's threads still spin, and a slow phase of the machine
-    falls on all."""
+def alternate(candidates, rounds, warm=1, pause=0.05, settle=0.03, least=0.02, runs=7):
+    """Seconds of each round by name of functions that return seconds: the median of `runs` and more that last `least` seconds, behind `settle`
+    seconds that wake the threads and fill the caches (behind a pause two threads may share a core for as long, of any program). Rounds
+    alternate, with a pause before each, so that nothing is timed while another's threads still spin, and a slow phase of the machine falls on all."""
+    def run_for(run, times, span):
+        start, seconds = time.perf_counter(), []
+        while len(seconds) < times or time.perf_counter() - start < span:
+            seconds.append(run())
+        return seconds
+
     times = {name: [] for name in candidates}
     for round_ in range(rounds + warm):
         for name, run in candidates.items():
             time.sleep(pause)
-            seconds = [run() for _ in range(runs + 2)][2:]
+            run_for(run, 2, settle)
+            seconds = run_for(run, runs, least)
             if round_ >= warm:
                 times[name].append(statistics.median(seconds))
     return times
