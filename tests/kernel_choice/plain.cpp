@@ -80,5 +80,9 @@ int main() {
   const bool vnni = has({"avx512_vnni"}) || (level == "avx2" && has({"avx_vnni"}));
   for (const DType format : {DType::q8, DType::q4, DType::q4_128, DType::w8a8})
     expect(std::string(dtype_name(format)).c_str(), kernels.format(format)->gemm, tiles ? "amx" : vnni ? "vnni" : level == "baseline" ? "floats" : "shorts");
+  // A prompt multiplies blocks of 32 as bf16 where that is faster.
+  for (const DType format : {DType::q8, DType::q4})
+    expect(("prefill " + std::string(dtype_name(format))).c_str(), kernels.format(format, Phase::prefill)->gemm,
+           tiles ? "DequantisedProducts" : vnni ? "vnni" : level == "baseline" ? "floats" : "shorts");
   return failures == 0 ? 0 : 1;
 }

@@ -44,7 +44,7 @@ std::vector<Vlm::PromptType> mixed(const Vlm& model) {
 
 TEST_CASE("prompts answered together get the answers they get alone") {
   for (const int threads : {1, 2})
-    for (const DType weights : {DType::f32, DType::bf16}) {
+    for (const DType weights : {DType::f32, DType::bf16, DType::q4}) {
       const Vlm model = talker(threads, {.precision = Precision{.weights = weights}});
       const std::vector<Vlm::PromptType> prompts = mixed(model);
       for (const double temperature : {0.0, 1.0}) {

@@ -53,14 +53,22 @@ TEST_CASE("weights in blocks: near the model in f32, and the same bits alone, in
     const Lm alone = load(directory.path(), {.weights = format}, 1), four = load(directory.path(), {.weights = format}, 4);
     CHECK(same_bits(alone.logits(alone.prompt(ids)), logits));
     CHECK(same_bits(four.logits(four.prompt(ids)), logits));
-    // Step by step, each token alone: the greedy run is what the rows of one pass say.
+    // Step by step, each token alone: the greedy run is what the rows of one pass say. Where a prompt rounds otherwise than a step, by about 2 % of
+    // the logits' norm, nearly so: a token that the rows do not choose is within four deviations of that, on both sides, of the one they do.
+    const bool otherwise = model.backend().kernels().format(format, m2lm::Phase::prefill) != model.backend().kernels().format(format);
     const m2lm::Generation told = model.generate(model.prompt(ids), {.max_new_tokens = 20, .ignore_eos = true});
     std::vector<std::int32_t> all = ids;
     all.insert(all.end(), told.tokens.begin(), told.tokens.end());
     const Tensor<float> rows = model.logits(model.prompt(all));
     for (std::size_t i = 0; i < told.tokens.size(); ++i) {
       const float* row = rows.data() + static_cast<std::int64_t>(ids.size() + i - 1) * 96;
-      CHECK(std::max_element(row, row + 96) - row == told.tokens[i]);
+      const float largest = *std::max_element(row, row + 96);
+      double squares = 0;
+      for (std::int64_t j = 0; j < 96; ++j) squares += std::pow(static_cast<double>(row[j]), 2);
+      const double near = otherwise ? 8 * 0.02 * std::sqrt(squares / 96) : 0;
+      CHECK(static_cast<double>(largest - row[told.tokens[i]]) <= near);
+      // The first token comes from the prompt's last row in both.
+      if (i == 0) CHECK(row[told.tokens[i]] == largest);
     }
   }
 }

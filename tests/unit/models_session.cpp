@@ -472,7 +472,7 @@ TEST_CASE("a batch is bit-equal to one prompt at a time") {
     REQUIRE(together.size() == prompts.size());
     for (std::size_t i = 0; i < prompts.size(); ++i) CHECK(same_bits(together[i], model.logits(prompts[i])));
   };
-  for (const DType weights : {DType::f32, DType::bf16})
+  for (const DType weights : {DType::f32, DType::bf16, DType::q4})
     for (const bool dot : both_dots)
       for (const IsaLevel level : isa_levels()) {
         const Lm model = Lm::from_pretrained(golden("llama/mistral_window"), cpu_at(level, 2, dot), {.precision = Precision{.weights = weights}});
@@ -500,7 +500,7 @@ TEST_CASE("a long prompt: in chunks as at once, with 1, 2 and 3 threads, and tok
   t::write_synthetic_llama(directory.path(), config);
   constexpr std::int64_t length = 1100;  // a session takes 512 at a time
   const std::vector<std::int32_t> ids = some_ids(length, config.vocab_size);
-  for (const DType weights : {DType::f32, DType::bf16}) {
+  for (const DType weights : {DType::f32, DType::bf16, DType::q8, DType::q4}) {
     Tensor<float> expected;
     for (const int threads : {1, 2, 3}) {
       const Lm model = Lm::from_pretrained(directory.path(), Cpu({.threads = threads}), {.precision = Precision{.weights = weights}});
@@ -524,15 +524,15 @@ TEST_CASE("a long prompt: in chunks as at once, with 1, 2 and 3 threads, and tok
 }
 
 TEST_CASE("prefill in pieces writes the cache that prefill at once writes") {
-  // The parts directly: pieces of uneven size, and decode steps, against one forward pass.
+  // The parts directly: pieces of uneven size, of one token too, against one forward pass.
   const TemporaryDirectory directory;
   m2lm::LlamaConfig config = t::small_llama();
   config.head_dim = 10;
   t::write_synthetic_llama(directory.path(), config);
   const m2lm::Checkpoint checkpoint = m2lm::Checkpoint::open(directory.path());
-  const auto check = [&](Cpu backend, DType format) {
+  const auto check = [&](Cpu backend, DType format, m2lm::Phase phase) {
     m2lm::Arena arena;
-    m2lm::Context<Cpu> ctx{backend, arena};
+    m2lm::Context<Cpu> ctx{.backend = backend, .arena = arena, .phase = phase};
     m2lm::LlamaDecoder<>::On<Cpu, in_f32> decoder(config);
     require_complete(load_parameters(decoder, checkpoint), directory.path());
     decoder.prepare(ctx, Precision{.weights = format}, {});
@@ -541,7 +541,7 @@ TEST_CASE("prefill in pieces writes the cache that prefill at once writes") {
     const auto run = [&](const std::vector<std::int64_t>& cuts) {
       Tensor<float> h(Shape{length, config.hidden_size});
       decoder.embed_tokens.forward(ctx, ids, h.view<2>());
-      auto cache = decoder.make_cache(ctx, format, length);
+      auto cache = decoder.make_cache(ctx, m2lm::is_quantised(format) ? DType::bf16 : format, length);
       for (std::size_t i = 0; i + 1 < cuts.size(); ++i) {
         const m2lm::SequenceRows<Cpu> rows{&cache, 0, cuts[i + 1] - cuts[i]};
         decoder.forward(ctx, h.view<2>().rows(cuts[i], cuts[i + 1]), std::span(&rows, 1));
@@ -553,5 +553,6 @@ TEST_CASE("prefill in pieces writes the cache that prefill at once writes") {
   };
   for (const IsaLevel level : isa_levels())
     for (const bool dot : both_dots)
-      for (const DType format : {DType::f32, DType::bf16}) check(cpu_at(level, 2, dot), format);
+      for (const DType format : {DType::f32, DType::bf16, DType::q8, DType::q4, DType::q4_128, DType::w8a8})
+        for (const m2lm::Phase phase : {m2lm::Phase::decode, m2lm::Phase::prefill}) check(cpu_at(level, 2, dot), format, phase);
 }

@@ -13,7 +13,9 @@
 // With weights in blocks x is rounded to blocks of 8 bits, each row for itself. The oracle gets the rounded x; then all sums inside a
 // block are exact, and a block's sum is rounded when it is multiplied by its two scales and added: 3 roundings per block (32 inputs, 128 in
 // q4_128, the row in w8a8) at most; a sum of more than 2^24 is rounded when it becomes an f32: one more. Of w8a8, whose scales are f32, the
-// oracle's weights are rounded too, and packing them again can give the scale's neighbour: two more. That the rounding of x itself is what it should be, half a step at most, is a test of its own.
+// oracle's weights are rounded too, and packing them again can give the scale's neighbour: two more. In prefill at level amx x and the weights of q8
+// and q4 are rounded to bf16, each once: the oracle gets both rounded, and the bound is that of weights in bf16. That the rounding of x itself is what
+// it should be, half a step at most, is a test of its own.
 #include <doctest/doctest.h>
 
 #include <m2lm/core.hpp>
@@ -66,6 +68,18 @@ struct Data {
     };
     if (cut > 0) sources.push_back(part(0, cut));
     if (cut < rows) sources.push_back(part(cut, rows));
+  }
+
+  /// The same with all weights rounded to bf16, for the oracle.
+  void round_weights() {
+    for (double& w : weight.span()) w = static_cast<double>(rounded(static_cast<float>(w), DType::bf16));
+    const double* from = weight.data();
+    for (AnyTensor& source : sources) {
+      Tensor<double> values(source.shape());
+      std::copy_n(from, values.elements(), values.data());
+      from += values.elements();
+      source = AnyTensor(std::move(values));
+    }
   }
 };
 
@@ -172,9 +186,15 @@ void check_everywhere(const Problem& p, std::uint64_t seed) {
     const Expected plain = expected_of(p, data, format, false);
     for (const Variant& variant : variants(format)) {
       Runner<Cpu> cpu(Cpu(variant.options(2)));
+      cpu.ctx.phase = variant.phase;
       CHECK(cpu.backend.isa() == variant.level);
-      CHECK(rounds_activations(cpu.backend, format) == variant.bf16_dot);
-      if (rounds_activations(cpu.backend, format))
+      CHECK(rounds_activations(cpu.backend, format, variant.phase) == variant.bf16_dot);
+      if (variant.phase == Phase::prefill) {
+        Random again(seed);
+        Data in_bf16(p, format, again);
+        in_bf16.round_weights();
+        check(cpu, p, data, format, expected(p, in_bf16, as_seen(data.x, DType::bf16), static_cast<double>(p.k)), label(variant, format));
+      } else if (rounds_activations(cpu.backend, format))
         check(cpu, p, data, format, expected_of(p, data, format, true), label(variant, format));
       else
         check(cpu, p, data, format, plain, label(variant, format));
@@ -266,6 +286,7 @@ TEST_CASE("linear: a row has the same bits alone, in a batch, and on any number 
         Tensor<float> first(Shape{p.m, p.n});
         for (const int threads : {1, 2, 3, 4}) {
           Runner<Cpu> cpu(Cpu(variant.options(threads)));
+          cpu.ctx.phase = variant.phase;
           const PackedMatrix w = ops::pack(cpu.ctx, std::span<const AnyTensor>(data.sources), format, p.gated);
           Tensor<float> y(Shape{p.m, p.n});
           const auto run = [&](std::int64_t begin, std::int64_t end) {
@@ -294,11 +315,13 @@ TEST_CASE("linear: a row has the same bits alone, in a batch, and on any number 
 
 TEST_CASE("linear: rows that are too long to stay in cache, and fewer than are walked at once, have the bits of each alone") {
   const Problem p{.m = 65, .n = 640, .k = 5633, .bias = true, .first_rows = 640};
-  for (const DType format : {DType::bf16, DType::w8a8}) {
+  for (const auto& [format, phase] :
+       {std::pair{DType::bf16, Phase::decode}, {DType::w8a8, Phase::decode}, {DType::q8, Phase::prefill}, {DType::q4, Phase::prefill}}) {
     Random random(2100);
     const Data data(p, format, random);
     for (const int threads : {1, 2}) {
       Runner<Cpu> cpu(Cpu({.threads = threads}));
+      cpu.ctx.phase = phase;
       const PackedMatrix w = ops::pack(cpu.ctx, std::span<const AnyTensor>(data.sources), format);
       Tensor<float> y(Shape{p.m, p.n}), alone(Shape{1, p.n});
       const Epilogue<float> epilogue{.bias = data.bias.data(), .activation = p.activation, .residual = {}};
@@ -308,6 +331,25 @@ TEST_CASE("linear: rows that are too long to stay in cache, and fewer than are w
         CHECK_MESSAGE(same_bits(matrix(y).rows(i, i + 1), matrix(alone)), dtype_name(format), " ", threads, " threads, row ", i);
       }
     }
+  }
+}
+
+TEST_CASE("linear: only q8 and q4 at level amx, where bf16 is multiplied by bf16, compute a prompt otherwise than a step") {
+  Random random(304);
+  const Problem p{.m = 19, .n = 77, .k = 333, .first_rows = 40};
+  for (const DType format : weight_formats) {
+    const Data data(p, format, random);
+    for (const IsaLevel level : levels())
+      for (const bool bf16_dot : {false, true}) {
+        Runner<Cpu> cpu(Cpu({.threads = 1, .max_isa = level, .bf16_dot = bf16_dot}));
+        const PackedMatrix w = ops::pack(cpu.ctx, std::span<const AnyTensor>(data.sources), format, p.gated);
+        Tensor<float> step(Shape{p.m, p.n}), prompt(Shape{p.m, p.n});
+        ops::linear(cpu.ctx, matrix(data.x), w, {}, step.view<2>());
+        cpu.ctx.phase = Phase::prefill;
+        ops::linear(cpu.ctx, matrix(data.x), w, {}, prompt.view<2>());
+        const bool other = level == IsaLevel::amx && bf16_dot && (format == DType::q8 || format == DType::q4);
+        CHECK_MESSAGE(same_bits(matrix(step), matrix(prompt)) == !other, isa_name(level), " ", dtype_name(format), " bf16_dot ", bf16_dot);
+      }
   }
 }
 
@@ -331,11 +373,13 @@ TEST_CASE("linear: the levels that compute alike agree bit by bit") {
 
 TEST_CASE("linear: outputs that are written past the caches have the bits of each row alone, and nothing beside them changes") {
   const Problem p{.m = 4200, .n = 1032, .k = 128, .bias = true, .first_rows = 1032};  // 16 MiB and more, and a panel that is not full
-  for (const DType format : {DType::bf16, DType::w8a8, DType::q4, DType::q4_128}) {
+  for (const auto& [format, phase] : {std::pair{DType::bf16, Phase::decode}, {DType::w8a8, Phase::decode}, {DType::q4, Phase::decode},
+                                      {DType::q4, Phase::prefill}, {DType::q4_128, Phase::decode}}) {
     Random random(2200);
     const Data data(p, format, random);
     for (const int threads : {1, 2}) {
       Runner<Cpu> cpu(Cpu({.threads = threads}));
+      cpu.ctx.phase = phase;
       const PackedMatrix w = ops::pack(cpu.ctx, std::span<const AnyTensor>(data.sources), format);
       constexpr std::int64_t beside = 24;  // rows of y begin on a cache line
       Tensor<float> wide(Shape{p.m, p.n + beside}), alone(Shape{1, p.n});
@@ -361,6 +405,7 @@ TEST_CASE("linear: weights in blocks see each input to half a step of its block,
     for (std::int64_t i = 0; i < data.x.elements(); ++i) data.x.data()[i] *= std::ldexp(1.0F, static_cast<int>(i % p.k / block_values * 7) - 30);
     const Expected exact = expected(p, data, data.x, roundings_of(p.k, format));
     for (const Variant& variant : variants(format)) {
+      if (variant.phase == Phase::prefill) continue;  // which has no blocks of x
       Runner<Cpu> cpu(Cpu(variant.options(2)));
       const PackedMatrix w = ops::pack(cpu.ctx, std::span<const AnyTensor>(data.sources), format);
       Tensor<float> y(Shape{p.m, p.n});
@@ -399,6 +444,7 @@ TEST_CASE("linear: weights in blocks, and inputs that are zero, not finite or ha
     for (float& v : row(4)) v = 1e-44F;
     for (const Variant& variant : variants(format)) {
       Runner<Cpu> cpu(Cpu(variant.options(1)));
+      cpu.ctx.phase = variant.phase;
       const PackedMatrix w = ops::pack(cpu.ctx, std::span<const AnyTensor>(data.sources), format);
       Tensor<float> y(Shape{p.m, p.n});
       ops::linear(cpu.ctx, matrix(data.x), w, {}, y.view<2>());
@@ -406,7 +452,7 @@ TEST_CASE("linear: weights in blocks, and inputs that are zero, not finite or ha
         CHECK(std::isfinite(y.view<2>()(0, j)));
         CHECK(y.view<2>()(1, j) == 0.0F);
         CHECK(std::isnan(y.view<2>()(2, j)));
-        CHECK(std::isnan(y.view<2>()(3, j)));
+        CHECK((variant.phase == Phase::prefill ? !std::isfinite(y.view<2>()(3, j)) : std::isnan(y.view<2>()(3, j))));
         CHECK(std::abs(y.view<2>()(4, j)) <= 70 * 4 * 2e-44F);
         CHECK(std::isfinite(y.view<2>()(5, j)));
       }
@@ -435,8 +481,20 @@ TEST_CASE("linear: blocks of a checkpoint whose scale is infinite or no number g
     for (const Variant& variant : variants(Block::dtype)) {
       if (variant.level == IsaLevel::baseline) continue;  // has no FMA: other bits
       Runner<Cpu> cpu(Cpu(variant.options(1)));
+      cpu.ctx.phase = variant.phase;
+      const PackedMatrix w = ops::pack(cpu.ctx, std::span(&source, 1), Block::dtype);
+      if (variant.phase == Phase::prefill) {  // other bits, but no number where there is none
+        Tensor<float> y(Shape{m, rows});
+        ops::linear(cpu.ctx, matrix(std::as_const(x)), w, {}, y.view<2>());
+        for (std::int64_t i = 0; i < m; ++i) {
+          CHECK(std::isnan(y.view<2>()(i, nan_row)));
+          CHECK_FALSE(std::isfinite(y.view<2>()(i, infinite_row)));
+          CHECK(std::isfinite(y.view<2>()(i, infinite_row + 1)));
+        }
+        continue;
+      }
       results.emplace_back(Shape{m, rows});
-      ops::linear(cpu.ctx, matrix(std::as_const(x)), ops::pack(cpu.ctx, std::span(&source, 1), Block::dtype), {}, results.back().view<2>());
+      ops::linear(cpu.ctx, matrix(std::as_const(x)), w, {}, results.back().view<2>());
       const auto got = results.back().view<2>(), first = results.front().view<2>();
       for (std::int64_t i = 0; i < m; ++i) {
         CHECK_MESSAGE(std::isnan(got(i, nan_row)), label(variant, Block::dtype));

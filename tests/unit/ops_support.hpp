@@ -44,11 +44,12 @@ inline std::int64_t scale_inputs(DType format, std::int64_t columns) {
   return inputs == 0 ? std::max<std::int64_t>(columns, 1) : inputs;
 }
 
-/// A level, and which of its ways to multiply bf16 (they differ at avx512_bf16 and amx) and bytes (where the machine has VNNI).
+/// A level, which of its ways to multiply bf16 (they differ at avx512_bf16 and amx) and bytes (where the machine has VNNI), and in which phase.
 struct Variant {
   IsaLevel level = IsaLevel::baseline;
   bool bf16_dot = false;
   bool int8_dot = true;
+  Phase phase = Phase::decode;
   CpuOptions options(int threads) const { return {.threads = threads, .max_isa = level, .bf16_dot = bf16_dot, .int8_dot = int8_dot}; }
 };
 
@@ -61,11 +62,14 @@ inline std::vector<Variant> variants(DType format) {
   }
   for (const IsaLevel level : levels())
     if (format == DType::bf16 && level >= IsaLevel::avx512_bf16) out.push_back({level, true});
+  if ((format == DType::q8 || format == DType::q4) && default_isa() == IsaLevel::amx) out.push_back({IsaLevel::amx, true, true, Phase::prefill});
   return out;
 }
 
 /// True where the kernels round the activations of a product to bf16.
-inline bool rounds_activations(const Cpu& cpu, DType format) { return cpu.kernels().format(format)->bf16_activations; }
+inline bool rounds_activations(const Cpu& cpu, DType format, Phase phase = Phase::decode) {
+  return cpu.kernels().format(format, phase)->bf16_activations;
+}
 
 inline float rounded(float x, DType format) { return format == DType::bf16 ? to_float(to_bf16(x)) : x; }
 
@@ -234,7 +238,8 @@ struct Runner {
 };
 
 inline std::string label(const Variant& variant, DType format) {
-  return concat(isa_name(variant.level), variant.bf16_dot || (variant.int8_dot && is_quantised(format)) ? " dot " : " ", dtype_name(format));
+  return concat(isa_name(variant.level), variant.bf16_dot || (variant.int8_dot && is_quantised(format)) ? " dot " : " ", dtype_name(format),
+                variant.phase == Phase::prefill ? " prefill" : "");
 }
 
 /// Keys and values of one layer with their memory. Never moved: the views point into it.

@@ -231,7 +231,9 @@ class Model {
     require<CapacityError>(tokens <= decoder_config().max_position_embeddings, "m2lm: the prompt needs ", tokens, " positions, the model has ",
                            decoder_config().max_position_embeddings);
   }
-  Context<B> context(Arena& arena) const { return Context<B>{state_->backend, arena, &state_->decoder.embed_tokens.weight.value}; }
+  Context<B> context(Arena& arena, Phase phase) const {
+    return {.backend = state_->backend, .arena = arena, .embedding_table = &state_->decoder.embed_tokens.weight.value, .phase = phase};
+  }
   const ChatTemplate& template_of(const PromptType& prompt) const;
   std::vector<detail::NamedParameter> named_parameters() const;
   /// Which weights a NaN in the logits comes from, as detail::non_finite_values says it.
@@ -388,7 +390,7 @@ Model<B, P, D, C...> Model<B, P, D, C...>::load(detail::ModelFiles files, B back
   }
 
   Arena arena(memory_of(state.backend));
-  Context<B> ctx{state.backend, arena, &state.decoder.embed_tokens.weight.value};
+  Context<B> ctx = model.context(arena, Phase::prefill);
   state.decoder.make_cache(ctx, model.cache_format(), 0);  // a format that the backend has not is said now
   const auto find = [&](std::span<const AnyTensor> sources, DType format, bool gated) {
     std::int64_t rows = 0;
@@ -570,7 +572,7 @@ template <class B, Precision P, class D, class... C>
 std::vector<std::int32_t> Model<B, P, D, C...>::input_ids(const PromptType& prompt) const {
   [[maybe_unused]] const auto turn = exclusive(state_->backend);
   Arena arena(memory_of(state_->backend));
-  Context<B> ctx = context(arena);
+  Context<B> ctx = context(arena, Phase::prefill);
   return embed_media(ctx, prompt, prompt_ids(prompt)).sequence.ids;
 }
 
@@ -581,7 +583,7 @@ auto Model<B, P, D, C...>::encode(const Input& input) const try {
   static_assert(index < sizeof...(C), "m2lm::Model::encode<name>: this model has no component of that name");
   [[maybe_unused]] const auto turn = exclusive(state_->backend);
   Arena arena(memory_of(state_->backend));
-  Context<B> ctx = context(arena);
+  Context<B> ctx = context(arena, Phase::prefill);
   const auto embed = [&](const auto& x) { return std::get<index>(state_->component).encode(ctx, x, decoder_config().hidden_size); };
   ModalityOutput<Scalar> out = [&] {
     using Expected = typename std::tuple_element_t<index, std::tuple<C...>>::Input;
@@ -617,7 +619,7 @@ template <class B, Precision P, class D, class... C>
 auto Model<B, P, D, C...>::logits(std::span<const PromptType> prompts) const -> std::vector<Tensor<HostScalar>> try {
   [[maybe_unused]] const auto turn = exclusive(state_->backend);
   Arena arena(memory_of(state_->backend));
-  Context<B> ctx = context(arena);
+  Context<B> ctx = context(arena, Phase::prefill);
   std::vector<Embedded> embedded;
   std::vector<KvCache<B>> caches;
   std::int64_t rows = 0;
@@ -665,7 +667,7 @@ template <class B, Precision P, class D, class... C>
 auto Model<B, P, D, C...>::hidden_states(const PromptType& prompt, std::span<const int> layers) const -> std::vector<Tensor<HostScalar>> try {
   [[maybe_unused]] const auto turn = exclusive(state_->backend);
   Arena arena(memory_of(state_->backend));
-  Context<B> ctx = context(arena);
+  Context<B> ctx = context(arena, Phase::prefill);
   const Embedded embedded = embed_media(ctx, prompt, prompt_ids(prompt));
   const auto tokens = static_cast<std::int64_t>(embedded.sequence.ids.size());
   require_positions(tokens);

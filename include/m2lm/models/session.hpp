@@ -220,7 +220,7 @@ template <class M>
 void BasicSession<M>::prepare(Turn& turn, bool whole) {
   BasicSession& s = turn.session;
   const auto& state = *s.model_.state_;
-  Context<B> ctx{s.model_.backend(), s.arena_, &state.decoder.embed_tokens.weight.value};
+  Context<B> ctx = s.model_.context(s.arena_, Phase::prefill);
   std::vector<std::int32_t> ids;
   if (turn.ids) {
     ids = *turn.ids;
@@ -267,7 +267,7 @@ auto BasicSession<M>::prefill(Turns& turns) -> Tensor<S> {
   const M& model = turns[0]->session.model_;
   const auto& state = *model.state_;
   Arena& arena = turns[0]->session.arena_;
-  Context<B> ctx{model.backend(), arena, &state.decoder.embed_tokens.weight.value};
+  Context<B> ctx = model.context(arena, Phase::prefill);
   const std::int64_t hidden = model.decoder_config().hidden_size;
   constexpr std::int64_t piece = [] {
     if constexpr (HostBackend<B>)
@@ -322,7 +322,7 @@ struct BasicSession<M>::Answering {
   const GenerateOptions& options;
   const M& model = turns[0]->session.model_;
   Arena& arena = turns[0]->session.arena_;
-  Context<B> ctx{model.backend(), arena, &model.state_->decoder.embed_tokens.weight.value};
+  Context<B> ctx = model.context(arena, Phase::decode);
   std::vector<std::unique_ptr<detail::Answer>> answers{};
   std::vector<std::size_t> active{};  // turns whose answers go on; row r of a batch is of turn active[r]
 
@@ -595,7 +595,7 @@ std::vector<Score> BasicSession<M>::score(Turns& turns, std::span<const std::vec
   const auto& state = *model.state_;
   const LlamaConfig& config = model.decoder_config();
   Arena& arena = session.arena_;
-  Context<B> ctx{model.backend(), arena, &state.decoder.embed_tokens.weight.value};
+  Context<B> ctx = model.context(arena, Phase::prefill);
   std::int64_t longest = 0;
   for (std::size_t i = 0; i < continuations.size(); ++i) {
     for (const std::int32_t id : continuations[i])

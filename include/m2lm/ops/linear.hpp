@@ -73,7 +73,7 @@ PackedMatrix pack(Context<B>& ctx, std::span<const AnyTensor> sources, DType for
 
 /// y = act(x·wᵀ + bias) + residual; gated: y = act(first half) · second half (+ residual), with half the columns.
 /// requires x [m,k], w [n,k] packed by the same backend; y [m,n] (gated: [m,n/2]); y may alias residual, not x; rows contiguous.
-/// reads (m+n)k elements, 2mnk flops. Each output is one sum over k in ascending order: its bits do not depend on m or threads.
+/// reads (m+n)k elements, 2mnk flops. Each output is one sum over k in ascending order: its bits depend on ctx.phase, but not on m or threads.
 template <class B>
 void linear(Context<B>& ctx, Matrix<const ScalarOf<B>> x, const PackedMatrix& w, const Epilogue<ScalarOf<B>>& epilogue, Matrix<ScalarOf<B>> y) {
   const std::int64_t outputs = w.gated ? w.rows / 2 : w.rows;

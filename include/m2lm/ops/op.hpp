@@ -111,6 +111,13 @@ concept Implements = !requires { Impl<Op, B>::missing; };
 
 }  // namespace ops
 
+/// What the rows of a forward pass are. The caller says it, and it never follows from their number: so that a result depends on neither batch
+/// nor chunk, products may round in another way for each (Cpu does for q8 and q4 at level amx), but within one only by the row.
+enum class Phase {
+  decode,   ///< a step of generation: each weight is read for a few rows
+  prefill,  ///< a prompt, or a picture's patches: for many
+};
+
 /// What a forward pass runs in: the backend, scratch memory, and the decoder's embedding table for the parts that look at it
 /// (alignment attention, visual words). A session owns the arena. Training gives a tape too: what is prepared in a context with a
 /// tape is packed for training, and a forward pass that is given a `Saved` keeps there what its backward pass needs.
@@ -121,6 +128,7 @@ struct Context {
   const AnyTensor* embedding_table = nullptr;  ///< [vocabulary, hidden], or null where there is no decoder
   Arena* tape = nullptr;                       ///< saved activations; null in inference
   const PackHooks* packing = nullptr;          ///< while a model is loaded, where its packed weights may come from
+  Phase phase = Phase::decode;                 ///< of the passes that run in it
 
   /// Where a forward pass puts its activations: on the tape if its backward pass will want them, else into scratch memory.
   Arena& storage(bool saved) const {

@@ -24,6 +24,7 @@ struct CpuOptions {
   int threads = 0;                         ///< 0 = one per available core
   std::optional<IsaLevel> max_isa = {};    ///< never use more than this; default: default_isa()
   /// bf16 weights: round activations to bf16 and multiply those, at levels avx512_bf16 (VDPBF16PS) and amx; default: at amx, and on AMD.
+  /// At amx prefill does so with weights in q8 and q4 too, rounded to bf16: false gives a prompt the bits of its tokens one by one.
   std::optional<bool> bf16_dot = {};
   bool int8_dot = true;  ///< weights that are integers: use VPDPBUSD where level and machine have it; no bit of a result depends on it
 };
@@ -78,7 +79,8 @@ namespace detail {
 // Non-template halves of the ops below.
 PackedMatrix cpu_pack(const Cpu& cpu, std::span<const AnyTensor> sources, DType format, bool gated);
 std::size_t cpu_packed_bytes(const Cpu& cpu, DType format, std::int64_t rows, std::int64_t cols, bool gated);
-void cpu_linear(const Cpu& cpu, Arena& arena, Matrix<const float> x, const PackedMatrix& w, const Epilogue<float>& epilogue, Matrix<float> y);
+void cpu_linear(const Cpu& cpu, Arena& arena, Phase phase, Matrix<const float> x, const PackedMatrix& w, const Epilogue<float>& epilogue,
+                Matrix<float> y);
 void cpu_append_key_values(const Cpu& cpu, Matrix<const float> k, Matrix<const float> v, std::int64_t first, const KeyValues& kv);
 void cpu_copy_key_values(const KeyValues& from, std::int64_t count, const KeyValues& to);
 void cpu_attention(const Cpu& cpu, Arena& arena, Matrix<const float> q, const KeyValues& kv, std::int64_t keys, std::int64_t first,
@@ -112,7 +114,7 @@ struct Impl<Pack, Cpu> {
 template <>
 struct Impl<Linear, Cpu> {
   static void run(Context<Cpu>& ctx, Matrix<const float> x, const PackedMatrix& w, const Epilogue<float>& epilogue, Matrix<float> y) {
-    detail::cpu_linear(ctx.backend, ctx.arena, x, w, epilogue, y);
+    detail::cpu_linear(ctx.backend, ctx.arena, ctx.phase, x, w, epilogue, y);
   }
 };
 

@@ -22,8 +22,8 @@ M2LM_IMPL Cpu::Cpu(const CpuOptions& options) try {
 namespace detail {
 
 /// The kernels of a format of weights. throws OptionError naming the formats there are.
-inline const FormatKernels& cpu_format(const Cpu& cpu, DType format) {
-  const FormatKernels* kernels = cpu.kernels().format(format);
+inline const FormatKernels& cpu_format(const Cpu& cpu, DType format, Phase phase = Phase::decode) {
+  const FormatKernels* kernels = cpu.kernels().format(format, phase);
   require<OptionError>(kernels != nullptr, "m2lm::Cpu: no kernels for weights in ", dtype_name(format), "; there are f32, bf16, q8, q4, q4_128 and w8a8");
   return *kernels;
 }
@@ -220,8 +220,9 @@ M2LM_IMPL PackedMatrix cpu_pack(const Cpu& cpu, std::span<const AnyTensor> sourc
   return {.format = format, .rows = from.rows, .cols = from.cols, .gated = gated, .data = memory, .bytes = bytes};
 }
 
-M2LM_IMPL void cpu_linear(const Cpu& cpu, Arena& arena, Matrix<const float> x, const PackedMatrix& w, const Epilogue<float>& epilogue, Matrix<float> y) {
-  const FormatKernels& kernels = cpu_format(cpu, w.format);
+M2LM_IMPL void cpu_linear(const Cpu& cpu, Arena& arena, Phase phase, Matrix<const float> x, const PackedMatrix& w,
+                          const Epilogue<float>& epilogue, Matrix<float> y) {
+  const FormatKernels& kernels = cpu_format(cpu, w.format, phase);
   const Arena::Scope scope(arena);
   const std::int64_t m = x.extent(0);
   const int parts = cpu.threads();

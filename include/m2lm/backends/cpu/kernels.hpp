@@ -242,6 +242,7 @@ struct FormatKernels {
 struct KernelTable {
   IsaLevel level = IsaLevel::baseline;
   FormatKernels f32{}, bf16{}, q8{}, q4{}, q4_128{}, w8a8{};
+  FormatKernels prefill_q8{}, prefill_q4{};  ///< what prefill multiplies by instead, at level amx; else empty
   bool int8_dot = false;  ///< weights that are integers are multiplied by VPDPBUSD
   void (*rms_norm)(const float* x, const float* weight, float eps, float* y, std::int64_t n) = nullptr;
   void (*layer_norm)(const float* x, const float* weight, const float* bias, float eps, float* y, std::int64_t n) = nullptr;
@@ -258,6 +259,12 @@ struct KernelTable {
     if (dtype == DType::q4_128) return &q4_128;
     if (dtype == DType::w8a8) return &w8a8;
     return nullptr;
+  }
+  /// The same for products in a phase.
+  const FormatKernels* format(DType dtype, Phase phase) const {
+    if (phase == Phase::prefill && dtype == DType::q8 && prefill_q8.gemm) return &prefill_q8;
+    if (phase == Phase::prefill && dtype == DType::q4 && prefill_q4.gemm) return &prefill_q4;
+    return format(dtype);
   }
 };
 

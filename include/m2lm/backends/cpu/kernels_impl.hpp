@@ -110,6 +110,7 @@ M2LM_REGION_BEGIN("avx2,fma,f16c,avx512f,avx512bw,avx512dq,avx512vl,avx512bf16,a
 namespace m2lm::inline M2LM_ABI::detail::cpu_avx512_bf16::amx {
 #include <m2lm/backends/cpu/kernels/tiles_amx.inc.hpp>
 #include <m2lm/backends/cpu/kernels/gemm_amx.inc.hpp>
+#include <m2lm/backends/cpu/kernels/dequantised_amx.inc.hpp>
 #include <m2lm/backends/cpu/kernels/blocks_amx.inc.hpp>
 #include <m2lm/backends/cpu/kernels/attention_amx.inc.hpp>
 }  // namespace m2lm::detail::cpu_avx512_bf16::amx
@@ -203,6 +204,8 @@ M2LM_IMPL const KernelTable& kernel_table(IsaLevel level, [[maybe_unused]] bool 
         if (of == IsaLevel::amx && bf16) {
           plain.bf16 = cpu_avx512_bf16::amx::bf16_kernels(plain.bf16);
           plain.bf16.attention = cpu_avx512_bf16::attention_kernels<cpu_avx512_bf16::amx::AmxProducts>();
+          plain.prefill_q8 = cpu_avx512_bf16::amx::prefill_kernels<DType::q8>();
+          plain.prefill_q4 = cpu_avx512_bf16::amx::prefill_kernels<DType::q4>();
         }
         if (of == IsaLevel::amx && int8) return cpu_avx512_bf16::amx::with_tiles(plain);
         return int8 ? cpu_avx512::vnni::with_byte_tiles(plain) : cpu_avx512::shorts::with_blocks(plain, false);

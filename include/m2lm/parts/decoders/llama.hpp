@@ -255,7 +255,10 @@ struct LlamaDecoder {
     }
 
     /// logits = head(norm(h)). requires h [rows, hidden], logits [rows, vocabulary]. With `saved`, h must stay until the gradient.
-    void predict(Context<B>& ctx, Matrix<const S> h, Matrix<AccumulatorOf<B>> logits, Saved* saved = nullptr) const {
+    /// In every phase the head rounds as in a step: the last row of a prompt has the logits that a session samples from.
+    void predict(Context<B>& in, Matrix<const S> h, Matrix<AccumulatorOf<B>> logits, Saved* saved = nullptr) const {
+      Context<B> ctx = in;
+      ctx.phase = Phase::decode;
       const Arena::Scope scope(ctx.arena);
       const Matrix<S> x = ctx.storage(saved != nullptr).template matrix<S>(h.extent(0), h.extent(1));
       norm.forward(ctx, h, x, saved ? &saved->norm : nullptr);

@@ -4,8 +4,6 @@
 // A panel is unpacked to signed bytes once for all rows that pass by it. The sums of a block are exact and go through L1 to the vector unit,
 // which gives what the kernels of the other levels give, in their order: bit by bit the same.
 
-using cpu_avx512::vnni::load_halves;
-
 // Rows of a tile from which on a product of tiles is worth its set-up; with fewer the kernels of VNNI.
 inline constexpr std::int64_t tile_from = 5;
 // Inputs of a panel that are unpacked at once: 16 KB, which stay in L1 with a tile of rows (8 KB) while that passes by both strips.
@@ -205,7 +203,7 @@ inline KernelTable with_tiles(KernelTable table) {
   table.w8a8 = cpu_avx512::vnni::block_kernels<DType::w8a8>();
   table.w8a8.row_group = tile_height;
   table.w8a8.gemm = &w8a8_gemm;
-  table.w8a8.gemm_scratch = &tile_gemm_scratch;
+  table.w8a8.gemm_scratch = &tile_gemm_scratch<W8a8Products>;
   table.int8_dot = true;
   return table;
 }

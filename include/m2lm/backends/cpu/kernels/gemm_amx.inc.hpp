@@ -50,7 +50,7 @@ struct Ahead {
 
 /// What a panel's tiles are made of.
 struct Bf16Products {
-  using Sum = float;
+  static constexpr std::int64_t made_steps = 1;  // of a panel, at once, that are not multiplied as they lie; more than one: all of them
   static constexpr std::int64_t row_stride = panel_width * 4, panel_step = step_bytes;
   static constexpr std::int64_t second_strip(std::int64_t) { return tile_row_bytes; }
   static constexpr bool strips_apart = false;
@@ -65,7 +65,7 @@ struct Bf16Products {
 };
 
 struct W8a8Products {
-  using Sum = std::int32_t;
+  static constexpr std::int64_t made_steps = 1;
   static constexpr QuantisedFormat layout = quantised_format(DType::w8a8);
   static constexpr std::int64_t row_stride = tile_row_bytes, panel_step = step_bytes / 2;
   static constexpr std::int64_t second_strip(std::int64_t k) { return layout.strip_bytes(k); }
@@ -137,10 +137,11 @@ template <class Products, int tiles>
   }
 }
 
-inline std::size_t tile_gemm_scratch(std::int64_t m) {
-  // Sums of a group of panels, or of more rows of one; and the last step of a panel.
+template <class Products>
+std::size_t tile_gemm_scratch(std::int64_t m) {
+  // Sums of a group of panels, or of more rows of one; and steps of a panel that are not multiplied as they lie.
   const std::int64_t rows = m < chunk_rows ? round_up(m, tile_height) : chunk_rows;
-  return static_cast<std::size_t>(rows * panel_width * chunk_panels * 4 + step_bytes);
+  return static_cast<std::size_t>(rows * panel_width * chunk_panels * 4 + Products::made_steps * step_bytes);
 }
 
 // Threads share out the panels, and with few panels and many rows the rows too; each walks blocks of rows, groups of panels, chunks of inputs,
@@ -155,6 +156,7 @@ void tile_gemm(const GemmJob& job, int part, int parts, std::byte* scratch) {
   const Range my_panels = split(panels, parts / row_parts, part / row_parts);
   const std::int64_t steps = job.rows.chunks, full_steps = Products::full_steps(job.k);
   const std::int64_t panel_bytes = Products::panel_bytes(job.k), second = Products::second_strip(job.k), panel_step = Products::panel_step;
+  constexpr bool dequantises = Products::made_steps > 1;
   const bool past_caches = writes_past_caches(job, parts);
   const auto finish = [&](std::int64_t panel, float* c, std::int64_t first_row, std::int64_t count) {
     Products::finish(job, job.w + panel * panel_bytes, c, first_row, count);
@@ -163,9 +165,9 @@ void tile_gemm(const GemmJob& job, int part, int parts, std::byte* scratch) {
   const GemmWalk walk = gemm_walk(my_rows.end - my_rows.begin, steps);
   const bool chunked = walk.steps < steps;
   const std::int64_t group = chunked ? chunk_panels : 1, sums_of_panel = walk.rows * panel_width;
-  std::byte* tail = scratch;
-  float* sums = reinterpret_cast<float*>(scratch + step_bytes);
-  __builtin_memset(tail, 0, static_cast<std::size_t>(step_bytes));
+  std::byte* made = scratch;  // what of a panel is not multiplied as it lies: a last step that is not full, or all
+  float* sums = reinterpret_cast<float*>(scratch + Products::made_steps * step_bytes);
+  __builtin_memset(made, 0, static_cast<std::size_t>(step_bytes));
 
   TileShapes shapes;
   for (int tile = 0; tile < 6; ++tile) shapes.set(tile, job.rows.group, tile_row_bytes);  // sums and rows
@@ -177,7 +179,7 @@ void tile_gemm(const GemmJob& job, int part, int parts, std::byte* scratch) {
     const std::int64_t rows = my_rows.end - row0 < walk.rows ? my_rows.end - row0 : walk.rows;
     const std::int64_t tiles = (rows + tile_height - 1) / tile_height, pairs = (tiles + 1) / 2;
     const std::byte* x = reinterpret_cast<const std::byte*>(job.rows.values) + row0 / tile_height * tile_distance;
-    const std::int64_t at_once = tiles <= stream_tiles || walk.steps <= Products::most_block_steps ? walk.steps : block_steps;
+    const std::int64_t at_once = (tiles <= stream_tiles && !dequantises) || walk.steps <= Products::most_block_steps ? walk.steps : block_steps;
     for (std::int64_t first = my_panels.begin; first < my_panels.end; first += group) {
       const std::int64_t last = my_panels.end - first < group ? my_panels.end : first + group;
       for (std::int64_t chunk = 0; chunk < steps || chunk == 0; chunk += walk.steps) {
@@ -189,19 +191,25 @@ void tile_gemm(const GemmJob& job, int part, int parts, std::byte* scratch) {
             const std::byte* w = job.w + panel * panel_bytes + s * panel_step;
             const bool partial = end > full_steps;
             const std::int64_t whole = end - s - (partial ? 1 : 0);
-            if (partial) __builtin_memcpy(tail, w + whole * step_bytes, static_cast<std::size_t>(panel_bytes - full_steps * step_bytes));
+            if (partial) __builtin_memcpy(made, w + whole * step_bytes, static_cast<std::size_t>(panel_bytes - full_steps * step_bytes));
+            if constexpr (dequantises) {
+              Products::dequantise(job.w + panel * panel_bytes, job.k, s, end, made);
+              w = made;
+            }
             // In a stream what lies some steps ahead; else the next block, in pieces.
             const std::byte* next = end < chunk_end || !chunked ? w + (end - s) * panel_step : w - (s - chunk) * panel_step + panel_bytes;
             const std::int64_t lines = (step_bytes / 64 + pairs - 1) / pairs;
             for (std::int64_t t = 0; t < tiles; t += 2) {
               const bool stream = tiles <= stream_tiles, strips = stream && Products::strips_apart;
-              const Ahead ahead{.at = stream ? w + stream_distance : next + t / 2 * lines * 64 * at_once, .lines = strips ? 0 : lines, .strips = strips};
+              const Ahead ahead{.at = stream ? w + stream_distance : next + t / 2 * lines * 64 * at_once,
+                                .lines = strips || dequantises ? 0 : lines,
+                                .strips = strips};
               const std::byte* rows_of_x = x + t * tile_distance + s * x_step;
               float* to = c + t * tile_height * panel_width;
               if (t + 1 < tiles)
-                multiply_tiles<Products, 2>(rows_of_x, x_step, tile_distance, w, second, whole, partial ? tail : nullptr, to, s > 0, ahead);
+                multiply_tiles<Products, 2>(rows_of_x, x_step, tile_distance, w, second, whole, partial ? made : nullptr, to, s > 0, ahead);
               else
-                multiply_tiles<Products, 1>(rows_of_x, x_step, tile_distance, w, second, whole, partial ? tail : nullptr, to, s > 0, ahead);
+                multiply_tiles<Products, 1>(rows_of_x, x_step, tile_distance, w, second, whole, partial ? made : nullptr, to, s > 0, ahead);
               // What is written past the caches leaves while the next tiles are multiplied.
               const std::int64_t row = t * tile_height, most = 2 * tile_height;
               if (past_caches && end >= steps) finish(panel, to, row0 + row, rows - row < most ? rows - row : most);
@@ -238,6 +246,6 @@ inline FormatKernels bf16_kernels(const FormatKernels& vectors) {
   kernels.row_group = tile_height;
   kernels.value_bytes = 2;
   kernels.gemm = &tile_gemm<Bf16Products>;
-  kernels.gemm_scratch = &tile_gemm_scratch;
+  kernels.gemm_scratch = &tile_gemm_scratch<Bf16Products>;
   return kernels;
 }
