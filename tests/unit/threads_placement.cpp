@@ -78,7 +78,7 @@ TEST_CASE("threads confined to one core stay there, and who waits gives it to th
   pool.run([&](int part) {
     if (part != 0) set_affinity(only(caller.core));
   });
-  const int runs = 200, spins = 8000;  // a thread that gives the core away sooner than it sleeps waits much less than it would spin until then
+  const int runs = 200, spins = 12000;  // both together; a thread that always spins as long as it may takes 20000 for itself
   std::atomic<int> never{0};
   const double start = seconds_of_processor();
   for (int i = 0; i < runs * spins && never.load(std::memory_order_acquire) == 0; ++i) {

@@ -16,13 +16,17 @@ namespace m2lm::inline M2LM_ABI {
 
 /// A fixed number of parts; the caller runs the first, other threads the rest. There are no more threads than cores, and with more parts
 /// than those each thread runs several: threads that wait for a core of each other's would make every call wait for the scheduler.
-/// Between calls the threads spin for a moment, giving their core to whoever waits for it now and then, and then park. A thread that the
-/// system wakes on the caller's core moves to another of its affinity mask; none is bound to a core.
+/// Between calls the threads spin for a moment, then park. A thread that the system wakes on the caller's core moves to another of its affinity
+/// mask, none is bound to a core; a caller that waits for a thread that has not begun parks soon, as that may be waiting for this core.
 /// `run` may be called from several threads: a caller that finds the pool busy runs all parts itself, in order. No result may
 /// depend on which thread runs a part, so both ways give the same bits.
 class ThreadPool {
   int size_ = 1, runners_ = 1;  // runners: the threads there are, with the caller
+  struct alignas(64) Begun {  // on a cache line of its own: the thread writes it each time, the caller seldom reads it
+    std::atomic<std::uint32_t> epoch{0};
+  };
   std::mutex busy_;
+  std::vector<Begun> begun_;
   std::vector<std::thread> workers_;
   const FunctionRef<void(int)>* work_ = nullptr;
   std::atomic<std::uint32_t> epoch_{0};
@@ -48,6 +52,7 @@ class ThreadPool {
 
  private:
   void worker(int index);
+  bool all_began(std::uint32_t epoch) const;
   void run_parts_of(int index, FunctionRef<void(int)> work) const;
   void stop();
 };

@@ -37,7 +37,8 @@ M2LM_IMPL ThreadPool::ThreadPool(int threads) {
   size_ = threads ? threads : cores;
   runners_ = size_ < cores ? size_ : cores;
   try {
-    workers_.reserve(static_cast<std::size_t>(runners_ - 1));
+    begun_ = std::vector<Begun>(static_cast<std::size_t>(runners_ - 1));
+    workers_.reserve(begun_.size());
     for (int index = 1; index < runners_; ++index) workers_.emplace_back([this, index] { worker(index); });
   } catch (const std::system_error& error) {
     const std::size_t started = workers_.size();
@@ -60,18 +61,23 @@ M2LM_IMPL void ThreadPool::stop() {
 
 namespace detail {
 
+// 0.2 to 0.8 milliseconds: longer than what one thread does alone in a decode step, and than a neighbour is late.
+constexpr int patient_spins = 20000;
+// 50 to 160 microseconds: a thread that has been woken on another core begins sooner. One that has not may be waiting for this core.
+constexpr int spins_for_a_beginning = 4000;
+
+inline void pause() {
+#if M2LM_X86_64
+  __builtin_ia32_pause();
+#endif
+}
+
 /// Waits until `value` differs from `old`: spins, but not for long, as another program may want the core, then parks.
 template <class T>
-void wait_for_change(const std::atomic<T>& value, T old) {
-  constexpr int spins = 20000;  // 0.2 to 0.8 milliseconds: longer than what one thread does alone in a decode step, and than a neighbour is late
-  // 10 to 40 microseconds: longer than most waits of a decode step. Whoever is to end the wait may itself be waiting for this core.
-  constexpr int spins_between_yields = 1000;
-  for (int i = 1; i <= spins; ++i) {
+void wait_for_change(const std::atomic<T>& value, T old, int spins) {
+  for (int i = 0; i < spins; ++i) {
     if (value.load(std::memory_order_acquire) != old) return;
-#if M2LM_X86_64
-    __builtin_ia32_pause();
-#endif
-    if (i % spins_between_yields == 0) std::this_thread::yield();
+    pause();
   }
   while (value.load(std::memory_order_acquire) == old) value.wait(old, std::memory_order_acquire);
 }
@@ -85,19 +91,22 @@ inline int current_core() {
 #endif
 }
 
-/// Moves this thread to another core of its affinity mask, if there is one; the mask is as before afterwards, and also if the system later widens
-/// what the process may use. Linux wakes a thread where it is woken
-/// from if it takes no other core for idle, as in virtual machines whose idle cores the host runs something else on, and then lets both
-/// threads share that core for tens of milliseconds.
-inline void leave_core([[maybe_unused]] int core) {
+/// Whether this thread runs on another core than that one. If not it moves to one of its affinity mask, if there is one; the mask is as before
+/// afterwards, and also if the system later widens what the process may use. Linux wakes a thread where it is woken from if it takes no other
+/// core for idle, as in virtual machines whose idle cores the host runs something else on, and then lets both threads share that core for tens
+/// of milliseconds.
+inline bool leave_core(int core) {
+  if (core < 0 || current_core() != core) return true;
 #if defined(__linux__)
   cpu_set_t mask;
-  if (core < 0 || core >= CPU_SETSIZE || sched_getaffinity(0, sizeof(mask), &mask) != 0) return;
-  cpu_set_t others = mask;
-  CPU_CLR(static_cast<std::size_t>(core), &others);
-  // Fails, and leaves the thread where it is, if no core is left.
-  if (sched_setaffinity(0, sizeof(others), &others) == 0) static_cast<void>(sched_setaffinity(0, sizeof(mask), &mask));
+  if (core < CPU_SETSIZE && sched_getaffinity(0, sizeof(mask), &mask) == 0) {
+    cpu_set_t others = mask;
+    CPU_CLR(static_cast<std::size_t>(core), &others);
+    // Fails, and leaves the thread where it is, if no core is left.
+    if (sched_setaffinity(0, sizeof(others), &others) == 0) static_cast<void>(sched_setaffinity(0, sizeof(mask), &mask));
+  }
 #endif
+  return current_core() != core;
 }
 
 }  // namespace detail
@@ -107,13 +116,20 @@ M2LM_IMPL void ThreadPool::run_parts_of(int index, FunctionRef<void(int)> work) 
   for (std::int64_t part = mine.begin; part < mine.end; ++part) work(static_cast<int>(part));
 }
 
+M2LM_IMPL bool ThreadPool::all_began(std::uint32_t epoch) const {
+  for (const Begun& thread : begun_)
+    if (thread.epoch.load(std::memory_order_relaxed) != epoch) return false;
+  return true;
+}
+
 M2LM_IMPL void ThreadPool::worker(int index) {
   std::uint32_t seen = 0;
-  for (;;) {
-    detail::wait_for_change(epoch_, seen);
+  for (bool apart = true;;) {
+    detail::wait_for_change(epoch_, seen, apart ? detail::patient_spins : 0);  // else the caller waits for this core
     seen = epoch_.load(std::memory_order_acquire);
     if (stop_.load()) return;
-    if (detail::current_core() == caller_core_) detail::leave_core(caller_core_);
+    begun_[static_cast<std::size_t>(index - 1)].epoch.store(seen, std::memory_order_relaxed);
+    apart = detail::leave_core(caller_core_);
     run_parts_of(index, *work_);
     if (pending_.fetch_sub(1, std::memory_order_acq_rel) == 1) pending_.notify_one();
   }
@@ -128,11 +144,14 @@ M2LM_IMPL void ThreadPool::run(FunctionRef<void(int)> work) {
   work_ = &work;
   caller_core_ = detail::current_core();
   pending_.store(runners_ - 1, std::memory_order_relaxed);
-  epoch_.fetch_add(1, std::memory_order_release);
+  const std::uint32_t epoch = epoch_.fetch_add(1, std::memory_order_release) + 1;
   epoch_.notify_all();
   run_parts_of(0, work);
-  for (int left = pending_.load(std::memory_order_acquire); left != 0; left = pending_.load(std::memory_order_acquire))
-    detail::wait_for_change(pending_, left);
+  int left = pending_.load(std::memory_order_acquire);
+  for (int i = 0; left != 0 && i < detail::spins_for_a_beginning; ++i, left = pending_.load(std::memory_order_acquire)) detail::pause();
+  // Who began on another core needs no core of ours, who did not may be waiting for this one.
+  const int spins = left == 0 || all_began(epoch) ? detail::patient_spins : 0;
+  for (; left != 0; left = pending_.load(std::memory_order_acquire)) detail::wait_for_change(pending_, left, spins);
 }
 
 }  // namespace m2lm
