@@ -17,6 +17,9 @@ inline m2lm::Tensor<float> values(std::int64_t rows, std::int64_t columns, std::
 
 inline m2lm::Matrix<const float> matrix(const m2lm::Tensor<float>& t) { return t.view<2>(); }
 
+/// One row is a step of decoding, more are a prompt.
+inline m2lm::Phase phase_of(std::int64_t rows) { return rows == 1 ? m2lm::Phase::decode : m2lm::Phase::prefill; }
+
 /// What an op runs in.
 struct Machine {
   m2lm::Cpu cpu;

@@ -75,13 +75,14 @@ void* bench_read_new(std::int64_t bytes, int threads) { return std::make_unique<
 double bench_read_run(void* reader, std::int64_t bytes, int streams) { return static_cast<Reader*>(reader)->reader.run(bytes, streams); }
 void bench_read_free(void* reader) { delete static_cast<Reader*>(reader); }
 
-/// y = x·wᵀ with x [m, k] and w [n, k], w packed in the format of that name.
+/// y = x·wᵀ with x [m, k] and w [n, k], w packed in the format of that name; one row as a step of decoding, more as a prompt.
 void* bench_gemm_new(int threads, int isa, int bf16_dot, const char* format, std::int64_t m, std::int64_t n, std::int64_t k, const float* x,
                      const float* w) {
   auto g = std::make_unique<Gemm>(options(threads, isa, bf16_dot));
   const AnyTensor weight(DType::f32, Shape{n, k}, reinterpret_cast<const std::byte*>(w), nullptr);
   g->weight = ops::pack(g->ctx, std::span(&weight, 1), format_of(format));
   g->x = Matrix<const float>(x, {m, k});
+  g->ctx.phase = m == 1 ? Phase::decode : Phase::prefill;
   return g.release();
 }
 /// Seconds of one product.
