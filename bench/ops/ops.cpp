@@ -31,7 +31,7 @@ void count(benchmark::State& state, const char* what, double per_iteration) {
 
 void linear(benchmark::State& state, DType format, std::int64_t m, std::int64_t n, std::int64_t k) {
   Machine machine({.threads = threads()});
-  machine.ctx.phase = phase_of(m);
+  machine.ctx.phase = workload::phase_of(m);
   const AnyTensor source(values(n, k, 1));
   const PackedMatrix w = ops::pack(machine.ctx, std::span(&source, 1), format);
   const Tensor<float> x = values(m, k, 2);
