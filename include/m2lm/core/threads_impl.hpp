@@ -91,10 +91,10 @@ inline int current_core() {
 #endif
 }
 
-/// Whether this thread runs on another core than that one. If not it moves to one of its affinity mask, if there is one; the mask is as before
-/// afterwards, and also if the system later widens what the process may use. Linux wakes a thread where it is woken from if it takes no other
-/// core for idle, as in virtual machines whose idle cores the host runs something else on, and then lets both threads share that core for tens
-/// of milliseconds.
+/// Whether this thread runs on another core than that one. If not it moves to one of its affinity mask, if there is one, and has the same mask
+/// afterwards; cores that the system gives the process later are not in it. Linux wakes a thread where it is woken from if it takes no other core
+/// for idle, as in virtual machines whose idle cores the host runs something else on, and then lets both threads share that core for tens of
+/// milliseconds.
 inline bool leave_core(int core) {
   if (core < 0 || current_core() != core) return true;
 #if defined(__linux__)
