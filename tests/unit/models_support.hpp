@@ -11,6 +11,7 @@
 
 #include <algorithm>
 #include <cstdint>
+#include <cstring>
 #include <filesystem>
 #include <fstream>
 #include <optional>
@@ -79,7 +80,7 @@ typename M::PromptType with_features(const M& model, const Safetensors& golden, 
 
 template <class T>
 bool same_bits(const Tensor<T>& a, const Tensor<T>& b) {
-  return a.shape() == b.shape() && std::equal(a.data(), a.data() + a.elements(), b.data());
+  return a.shape() == b.shape() && std::memcmp(a.data(), b.data(), static_cast<std::size_t>(a.elements()) * sizeof(T)) == 0;
 }
 
 /// Ids from 3 on that go through the whole vocabulary without a pattern.
