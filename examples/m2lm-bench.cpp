@@ -292,7 +292,7 @@ Loaded load_clip(const BenchOptions& o, const std::string& directory, const m2lm
   m2lm::Rng rng(7);
   for (float& value : state->pixels.span()) value = static_cast<float>((rng.uniform() - 0.5) * 3.4);  // a picture's range and deviation
   const auto run = [state] {
-    m2lm::Context<m2lm::Cpu> here{state->cpu, state->arena};
+    m2lm::Context<m2lm::Cpu> here{.backend = state->cpu, .arena = state->arena, .phase = m2lm::Phase::prefill};
     const Stopwatch one;
     state->encoder.forward(here, state->pixels, state->features.view<2>());
     return one.seconds();
