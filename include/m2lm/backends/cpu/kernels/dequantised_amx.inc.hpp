@@ -2,7 +2,8 @@
 //
 // A weight, scale · value, is exact in f32 and rounded once to bf16; x is rounded to bf16 as for weights in bf16. So a sum stays in its tile over
 // many blocks, where the exact products of blocks_amx take theirs out after every one, and each output is one chain of TDPBF16PS over k in
-// ascending order. A panel's blocks become tiles while the tile unit multiplies those before them: the vector unit has nothing else to do.
+// ascending order. 512 inputs of a panel become tiles, in L1, before they are multiplied by all rows of the walk; to make them between the tile
+// instructions of those before them takes as long.
 
 using cpu_avx512::vnni::load_halves;
 
@@ -54,7 +55,7 @@ template <DType format>
 /// A panel's tiles of bf16 made of blocks, one strip behind the other.
 template <DType format>
 struct DequantisedProducts : Bf16Products {
-  static constexpr std::int64_t made_steps = block_steps;
+  static constexpr bool dequantises = true;
   static constexpr QuantisedFormat layout = quantised_format(format);
   static constexpr std::int64_t row_stride = tile_row_bytes, panel_step = tile_height * tile_row_bytes;
   static constexpr std::int64_t second_strip(std::int64_t) { return block_steps * panel_step; }

@@ -50,7 +50,7 @@ struct Ahead {
 
 /// What a panel's tiles are made of.
 struct Bf16Products {
-  static constexpr std::int64_t made_steps = 1;  // of a panel, at once, that are not multiplied as they lie; more than one: all of them
+  static constexpr bool dequantises = false;  // a panel is multiplied as it lies, but for a last step that is not full
   static constexpr std::int64_t row_stride = panel_width * 4, panel_step = step_bytes;
   static constexpr std::int64_t second_strip(std::int64_t) { return tile_row_bytes; }
   static constexpr bool strips_apart = false;
@@ -65,7 +65,7 @@ struct Bf16Products {
 };
 
 struct W8a8Products {
-  static constexpr std::int64_t made_steps = 1;
+  static constexpr bool dequantises = false;
   static constexpr QuantisedFormat layout = quantised_format(DType::w8a8);
   static constexpr std::int64_t row_stride = tile_row_bytes, panel_step = step_bytes / 2;
   static constexpr std::int64_t second_strip(std::int64_t k) { return layout.strip_bytes(k); }
@@ -137,11 +137,15 @@ template <class Products, int tiles>
   }
 }
 
+/// Bytes of what is made of a panel to be multiplied in its place: a block of it, or the last step.
+template <class Products>
+inline constexpr std::int64_t made_bytes = (Products::dequantises ? block_steps : 1) * step_bytes;
+
 template <class Products>
 std::size_t tile_gemm_scratch(std::int64_t m) {
-  // Sums of a group of panels, or of more rows of one; and steps of a panel that are not multiplied as they lie.
+  // And the sums of a group of panels, or of more rows of one.
   const std::int64_t rows = m < chunk_rows ? round_up(m, tile_height) : chunk_rows;
-  return static_cast<std::size_t>(rows * panel_width * chunk_panels * 4 + Products::made_steps * step_bytes);
+  return static_cast<std::size_t>(rows * panel_width * chunk_panels * 4 + made_bytes<Products>);
 }
 
 // Threads share out the panels, and with few panels and many rows the rows too; each walks blocks of rows, groups of panels, chunks of inputs,
@@ -156,7 +160,7 @@ void tile_gemm(const GemmJob& job, int part, int parts, std::byte* scratch) {
   const Range my_panels = split(panels, parts / row_parts, part / row_parts);
   const std::int64_t steps = job.rows.chunks, full_steps = Products::full_steps(job.k);
   const std::int64_t panel_bytes = Products::panel_bytes(job.k), second = Products::second_strip(job.k), panel_step = Products::panel_step;
-  constexpr bool dequantises = Products::made_steps > 1;
+  constexpr bool dequantises = Products::dequantises;
   const bool past_caches = writes_past_caches(job, parts);
   const auto finish = [&](std::int64_t panel, float* c, std::int64_t first_row, std::int64_t count) {
     Products::finish(job, job.w + panel * panel_bytes, c, first_row, count);
@@ -165,8 +169,8 @@ void tile_gemm(const GemmJob& job, int part, int parts, std::byte* scratch) {
   const GemmWalk walk = gemm_walk(my_rows.end - my_rows.begin, steps);
   const bool chunked = walk.steps < steps;
   const std::int64_t group = chunked ? chunk_panels : 1, sums_of_panel = walk.rows * panel_width;
-  std::byte* made = scratch;  // what of a panel is not multiplied as it lies: a last step that is not full, or all
-  float* sums = reinterpret_cast<float*>(scratch + Products::made_steps * step_bytes);
+  std::byte* made = scratch;
+  float* sums = reinterpret_cast<float*>(scratch + made_bytes<Products>);
   __builtin_memset(made, 0, static_cast<std::size_t>(step_bytes));
 
   TileShapes shapes;
